@@ -1,0 +1,35 @@
+"""LibOrtho: let an LLM's owner decide, per request, whether the model may use what it memorised.
+
+Every chosen linear layer becomes `y = base(x) + alpha * ortho(x)`: a base that has forgotten, and a
+small stream that holds what was memorised. Importing this package touches neither CUDA nor any
+optional package; transformers is imported by the functions that need it.
+"""
+
+from libortho._version import __version__ as __version__
+from libortho.alpha import alpha_scope, set_alpha
+from libortho.config import BaseConfig
+from libortho.errors import CheckpointError, DataError, LibOrthoError, OrthoStreamMissing
+from libortho.layer import OrthoLinear, replace_linear_layers
+from libortho.methods.geometric import GeometricConfig
+from libortho.methods.spectral import SpectralConfig
+from libortho.report import LayerReport, SeparationReport
+from libortho.separate import SeparationConfig, separate_, separation_report
+
+__all__ = [
+    "BaseConfig",
+    "CheckpointError",
+    "DataError",
+    "GeometricConfig",
+    "LayerReport",
+    "LibOrthoError",
+    "OrthoLinear",
+    "OrthoStreamMissing",
+    "SeparationConfig",
+    "SeparationReport",
+    "SpectralConfig",
+    "alpha_scope",
+    "replace_linear_layers",
+    "separate_",
+    "separation_report",
+    "set_alpha",
+]

@@ -1,0 +1,163 @@
+"""alpha, the run-time switch of the ortho stream.
+
+Two ways to set it, and nothing global:
+
+- `set_alpha(model, a)` writes the *default* of this model's layers. It starts at 0, the safe state.
+- `alpha_scope(model, a)` overrides it for the `with` block, in the current thread or async task
+  only (a `contextvars.ContextVar`): scopes in two threads or tasks never see each other. A thread
+  started inside a scope begins outside of it, that is, at the default.
+
+`a` is a number in [0, 1], or one value per row of the batch as a 1-D tensor or sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from libortho.layer import OrthoLinear
+
+AlphaLike = float | int | Tensor | Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Alpha:
+    """A checked alpha.
+
+    Attributes:
+        rows: one value for every row when its length is 1, else one per row of the batch.
+    """
+
+    rows: tuple[float, ...]
+
+    @property
+    def is_zero(self) -> bool:
+        """True where no row uses the ortho stream, which is then not computed at all."""
+        return not any(self.rows)
+
+    def scale(self, output: Tensor) -> Tensor:
+        """`alpha * output`, row by row.
+
+        Args:
+            output: (batch, ..., out_features). With several values, batch must be a multiple of
+                their number: consecutive rows then share a value, which is how `generate` repeats
+                a row for its beams and how models that flatten (batch, length) lay rows out.
+
+        Raises:
+            ValueError: the number of rows is not such a multiple.
+        """
+        if len(self.rows) == 1:
+            value = self.rows[0]
+            return output if value == 1.0 else output * value
+        if output.dim() < 2 or output.shape[0] % len(self.rows):
+            raise ValueError(
+                f"alpha has {len(self.rows)} values, one per row, but the batch is of shape "
+                f"{tuple(output.shape)}: its first dimension must be a multiple of that number"
+            )
+        values = torch.tensor(self.rows, dtype=output.dtype, device=output.device)
+        values = values.repeat_interleave(output.shape[0] // len(self.rows))
+        return output * values.reshape(-1, *[1] * (output.dim() - 1))
+
+
+ZERO = Alpha((0.0,))
+
+
+def check_alpha(alpha: AlphaLike) -> Alpha:
+    """Turn what a caller gives into a checked `Alpha`.
+
+    Raises:
+        ValueError: a value is NaN or outside [0, 1], or a tensor is empty or not 1-D.
+        TypeError: not a number, tensor or sequence of numbers.
+    """
+    if isinstance(alpha, Tensor):
+        if alpha.dim() > 1 or alpha.numel() == 0:
+            raise ValueError(
+                f"alpha of shape {tuple(alpha.shape)}: expected a number or a 1-D tensor with one "
+                "value per row of the batch"
+            )
+        values = tuple(float(v) for v in alpha.detach().reshape(-1).double().tolist())
+    elif isinstance(alpha, (int, float)) and not isinstance(alpha, bool):
+        values = (float(alpha),)
+    elif isinstance(alpha, Sequence) and not isinstance(alpha, (str, bytes)) and len(alpha):
+        values = tuple(v for item in alpha for v in check_alpha(item).rows)
+    else:
+        raise TypeError(
+            f"alpha={alpha!r}: expected a number in [0, 1] or one such value per row of the batch"
+        )
+    for value in values:
+        if math.isnan(value) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"alpha={value!r}: expected a value in [0, 1]")
+    return Alpha(values)
+
+
+# Innermost scope last. Each entry holds its layers themselves, so that an `is` comparison stays
+# meaningful while the scope lives; a tuple, because context copies share it between tasks.
+_Scope = tuple[frozenset["OrthoLinear"], Alpha]
+_scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("libortho_alpha_scopes", default=())
+
+
+def current_alpha(layer: OrthoLinear) -> Alpha:
+    """The alpha that `layer` uses in this thread or task: its innermost scope's, or its default."""
+    for layers, alpha in reversed(_scopes.get()):
+        if layer in layers:
+            return alpha
+    return layer.default_alpha
+
+
+def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
+    """The split layers of a model by module name (the name is "" for a bare OrthoLinear).
+
+    Raises:
+        ValueError: the model has none, so an alpha would silently do nothing.
+    """
+    from libortho.layer import OrthoLinear
+
+    found = {name: m for name, m in model.named_modules() if isinstance(m, OrthoLinear)}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no OrthoLinear layer: split it first with "
+            "separate_() or replace_linear_layers()"
+        )
+    return found
+
+
+def set_alpha(model: nn.Module, alpha: AlphaLike) -> None:
+    """Set the default alpha of every split layer of `model`, for all threads.
+
+    Args:
+        model: a module that holds OrthoLinear layers, or is one.
+        alpha: a number in [0, 1], or one value per row of the batch.
+
+    Raises:
+        ValueError: alpha is NaN or outside [0, 1], or the model has no split layer.
+        OrthoStreamMissing: alpha is above 0 and a layer has no ortho stream.
+    """
+    layers, checked = ortho_layers(model), check_alpha(alpha)
+    for name, layer in layers.items():
+        layer.require_ortho(checked, name)
+    for layer in layers.values():
+        layer.default_alpha = checked
+
+
+@contextmanager
+def alpha_scope(model: nn.Module, alpha: AlphaLike) -> Iterator[None]:
+    """Use `alpha` within the block, in this thread or async task only; scopes may nest.
+
+    Args and raises: as `set_alpha`.
+    """
+    layers, checked = ortho_layers(model), check_alpha(alpha)
+    for name, layer in layers.items():
+        layer.require_ortho(checked, name)
+    token = _scopes.set((*_scopes.get(), (frozenset(layers.values()), checked)))
+    try:
+        yield
+    finally:
+        _scopes.reset(token)

@@ -1,0 +1,148 @@
+"""What a model does with a text: second moments of its layers' inputs, and their gradients.
+
+Tokens are streamed through the model once; what is kept is a (d, d) sum per layer, whatever the
+number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from libortho.data.tokens import Batch, Tokens, batches
+from libortho.scoring import check_vocabulary
+
+Tick = Callable[[int], None]
+"""Called with the number of sequences just done."""
+
+
+@dataclass
+class Moments:
+    """Sums of x x^T over the positions of a text, for one layer.
+
+    Position 0 is kept apart: in many language models it is an attention sink, whose activations are
+    orders of magnitude larger than all others and would drown them in one average.
+
+    Attributes:
+        body: (d, d) fp32, over positions >= 1.
+        tokens: how many positions are in `body` (a sum of weights).
+        first: (d, d) fp32, over position 0.
+        sequences: how many are in `first`.
+    """
+
+    body: Tensor
+    tokens: float = 0.0
+    first: Tensor = field(default_factory=lambda: torch.zeros(0))
+    sequences: int = 0
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device) -> Moments:
+        return cls(
+            torch.zeros(width, width, device=device), 0.0, torch.zeros(width, width, device=device)
+        )
+
+    def mean(self) -> Tensor:
+        """E[x x^T] over positions >= 1, plus E[x_0 x_0^T] over first positions."""
+        return self.body / max(self.tokens, 1.0) + self.first / max(self.sequences, 1)
+
+
+def second_moments(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    items: Sequence[Tokens],
+    *,
+    weights: Sequence[Tensor] | None = None,
+    tick: Tick | None = None,
+) -> dict[str, Moments]:
+    """Accumulate the inputs of `layers` while `items` run through the model.
+
+    Args:
+        model: a causal LM; only its decoder runs, without gradients.
+        layers: module name -> linear layer.
+        items: sequences.
+        weights: per item, one weight >= 0 for each predicted token: only positions that predict are
+            then counted, each with its weight, and position 0 not at all. None counts every
+            position with weight 1.
+        tick: called after each batch.
+
+    Returns:
+        Moments per module name, in fp32, on the layers' devices.
+
+    Raises:
+        ValueError: an activation is NaN or Inf (the layer is named), or a token id is beyond the
+            vocabulary.
+    """
+    moments: dict[str, Moments] = {}
+    inputs: dict[str, Tensor] = {}
+    with _record_inputs(layers, inputs), torch.no_grad():
+        for batch in batches(items):
+            _run(model, batch)
+            body, first = _position_weights(batch, weights)
+            for name, x in inputs.items():
+                _add(moments, name, x, body.to(x.device), first.to(x.device))
+            inputs.clear()
+            if tick:
+                tick(len(batch.index))
+    missing = [name for name in layers if name not in moments]
+    if missing:
+        raise ValueError(f"these layers saw no input from the calibration text: {missing}")
+    for name, m in moments.items():
+        if not bool(torch.isfinite(m.body).all()) or not bool(torch.isfinite(m.first).all()):
+            raise ValueError(f"{name}: the calibration text gives NaN or Inf activations")
+    return moments
+
+
+def _add(moments: dict[str, Moments], name: str, x: Tensor, body: Tensor, first: Tensor) -> None:
+    x = x.reshape(*body.shape, x.shape[-1])
+    m = moments.setdefault(name, Moments.zeros(x.shape[-1], x.device))
+    # Multiplying by a weight of zero would let a NaN at a padded position through; selecting won't.
+    counted = body > 0
+    rows = x[counted].float() * body[counted].sqrt().unsqueeze(-1)
+    m.body.addmm_(rows.T, rows)
+    m.tokens += float(body.sum())
+    starts = x[:, 0][first > 0].float()
+    m.first.addmm_(starts.T, starts)
+    m.sequences += int((first > 0).sum())
+
+
+def _position_weights(
+    batch: Batch, weights: Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    if weights is None:
+        body = batch.attention.float()
+        first = torch.ones(len(batch.index))
+    else:
+        body = torch.zeros(batch.ids.shape)
+        body[batch.predicts] = torch.cat([weights[i].float() for i in batch.index])
+        first = torch.zeros(len(batch.index))
+    body[:, 0] = 0.0
+    return body, first
+
+
+@contextmanager
+def _record_inputs(layers: Mapping[str, nn.Module], inputs: dict[str, Tensor]) -> Iterator[None]:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[name] = args[0].detach()
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(recorder(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(model: nn.Module, batch: Batch) -> None:
+    check_vocabulary(model, batch)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    device = next(model.parameters()).device
+    decoder(
+        input_ids=batch.ids.to(device), attention_mask=batch.attention.to(device), use_cache=False
+    )

@@ -1,0 +1,191 @@
+"""Examples in tokens: what is fed to a model, and which part of it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from libortho.data.examples import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Template = Literal["plain", "chat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One sequence.
+
+    Attributes:
+        ids: token ids, prompt first.
+        prompt: how many of them are only read, never predicted (at least 1: the first token has
+            nothing to be predicted from).
+    """
+
+    ids: tuple[int, ...]
+    prompt: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.prompt < len(self.ids):
+            raise ValueError(
+                f"a sequence of {len(self.ids)} token(s) with a prompt of {self.prompt}: expected "
+                "at least one token of prompt and one that is predicted"
+            )
+
+    @property
+    def targets(self) -> int:
+        """Number of predicted tokens."""
+        return len(self.ids) - self.prompt
+
+
+def prompt_text(question: str, template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A question as the text that an answer follows.
+
+    "plain" is `Question: ...\\nAnswer:`, for base models and for TOFU as it is used here; "chat" is
+    the tokenizer's own chat template with the assistant's turn opened.
+    """
+    if template == "chat":
+        turn = [{"role": "user", "content": question}]
+        return str(
+            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        )
+    return f"Question: {question}\nAnswer:"
+
+
+def encode(
+    example: Example | str, tokenizer: PreTrainedTokenizerBase, template: Template = "plain"
+) -> Tokens:
+    """Tokens of an example.
+
+    A question-answer pair is predicted on its answer and the end-of-sequence token; a text (or a
+    bare string) on all tokens but the first.
+
+    Raises:
+        ValueError: a text of fewer than two tokens.
+    """
+    if isinstance(example, str):
+        example = Example(answer=example)
+    if example.question is None:
+        ids = tokenizer(example.answer).input_ids
+        if len(ids) < 2:
+            raise ValueError(f"text {example.answer!r} is {len(ids)} token(s): expected at least 2")
+        return Tokens(tuple(ids))
+    prompt = prompt_text(example.question, template, tokenizer)
+    special = template == "plain"  # a chat template writes its own special tokens
+    head = tokenizer(prompt, add_special_tokens=special).input_ids
+    lead = "" if template == "chat" else " "
+    tail = tokenizer(lead + example.answer, add_special_tokens=False).input_ids
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Tokens(tuple(head + tail + end), len(head))
+
+
+def as_tokens(
+    items: Sequence[Any],
+    label: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    template: Template = "plain",
+) -> list[Tokens]:
+    """Whatever a caller has, as `Tokens`.
+
+    Args:
+        items: `Tokens`, `Example`s or strings (these two need a tokenizer), 1-D integer tensors or
+            sequences of ids, or mappings with "input_ids" and, optionally, "labels" whose leading
+            -100s mark the prompt.
+        label: what to call it in an error ("forget", "retain").
+
+    Raises:
+        ValueError: empty, or an item of fewer than two tokens.
+        TypeError: text without a tokenizer, or an item of another kind.
+    """
+    if isinstance(items, (str, bytes, Mapping)):
+        raise TypeError(f"{label} is one {type(items).__name__}: expected a sequence of them")
+    if len(items) == 0:
+        raise ValueError(f"the {label} set is empty: expected at least one sequence")
+    result = []
+    for position, item in enumerate(items):
+        try:
+            result.append(_one(item, tokenizer, template))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{label}[{position}]: {error}") from None
+    return result
+
+
+def _one(item: Any, tokenizer: PreTrainedTokenizerBase | None, template: Template) -> Tokens:
+    if isinstance(item, Tokens):
+        return item
+    if isinstance(item, (str, Example)):
+        if tokenizer is None:
+            raise TypeError("text was given without a tokenizer: pass tokenizer=, or token ids")
+        return encode(item, tokenizer, template)
+    prompt = 1
+    if isinstance(item, Mapping):
+        labels = item.get("labels")
+        if labels is not None:
+            flat = torch.as_tensor(labels).reshape(-1).tolist()
+            prompt = max(1, next((i for i, t in enumerate(flat) if t != -100), len(flat)))
+        item = item["input_ids"]
+    ids = torch.as_tensor(item)
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 2 or (
+        ids.dim() == 2 and ids.shape[0] != 1
+    ):
+        raise TypeError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: expected one row of integers")
+    return Tokens(tuple(int(i) for i in ids.reshape(-1).tolist()), prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded sequences.
+
+    Attributes:
+        index: which items of the list these rows are.
+        ids: (rows, length) int64.
+        attention: (rows, length) int64, 1 where a token stands.
+        predicts: (rows, length) bool, True at a position whose *next* token is predicted.
+        labels: (number of True in `predicts`,) int64, those next tokens in row-major order.
+        counts: predicted tokens per row.
+    """
+
+    index: list[int]
+    ids: Tensor
+    attention: Tensor
+    predicts: Tensor
+    labels: Tensor
+    counts: list[int]
+
+
+def batches(items: Sequence[Tokens], tokens_per_batch: int = 1024) -> Iterator[Batch]:
+    """Batches of similar length, shortest first, of at most about `tokens_per_batch` tokens.
+
+    Padding is to the right, so position 0 is every sequence's first token.
+    """
+    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+    rows: list[int] = []
+    for i in order:
+        if rows and (len(rows) + 1) * len(items[i].ids) > tokens_per_batch:
+            yield collate(items, rows)
+            rows = []
+        rows.append(i)
+    if rows:
+        yield collate(items, rows)
+
+
+def collate(items: Sequence[Tokens], rows: list[int]) -> Batch:
+    """Right-pad the given items into one `Batch`. Padding ids are 0 and never attended to."""
+    length = max(len(items[i].ids) for i in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    predicts = torch.zeros(len(rows), length, dtype=torch.bool)
+    labels: list[int] = []
+    for row, i in enumerate(rows):
+        item = items[i]
+        ids[row, : len(item.ids)] = torch.tensor(item.ids)
+        attention[row, : len(item.ids)] = 1
+        predicts[row, item.prompt - 1 : len(item.ids) - 1] = True
+        labels += item.ids[item.prompt :]
+    counts = [items[i].targets for i in rows]
+    return Batch(list(rows), ids, attention, predicts, torch.tensor(labels), counts)

@@ -1,0 +1,62 @@
+"""Truncated SVD, from the Gram matrix of the shorter side or by random projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def low_rank_part(weight: Tensor, rank: int) -> Tensor:
+    """The best rank-`rank` approximation of a matrix in the Frobenius norm (Eckart-Young).
+
+    The singular vectors of the shorter side are the eigenvectors of its Gram matrix, and projecting
+    W on the leading ones (or taking the trailing ones away, whichever are fewer) is the truncated
+    SVD: no singular vector of the longer side is ever formed. Squaring the condition number is
+    harmless here, because only the *span* is used and an error in it costs the gap between the
+    singular values that it confuses.
+
+    Args:
+        weight: (m, n), fp32 or fp64.
+        rank: 1 <= rank <= min(m, n); at min(m, n) the weight itself is returned (a copy).
+
+    Returns:
+        (m, n) in the dtype of `weight`.
+    """
+    short = min(weight.shape)
+    _check_rank(rank, weight)
+    if rank == short:
+        return weight.clone()
+    tall = weight if weight.shape[0] <= weight.shape[1] else weight.T
+    _, vectors = torch.linalg.eigh(tall @ tall.T)
+    if rank <= short // 2:
+        basis = vectors[:, short - rank :]
+        part = basis @ (basis.T @ tall)
+    else:
+        basis = vectors[:, : short - rank]
+        part = tall - basis @ (basis.T @ tall)
+    return part if tall is weight else part.T.contiguous()
+
+
+def randomized_low_rank_part(weight: Tensor, rank: int, *, seed: int = 0) -> Tensor:
+    """A near-best rank-`rank` approximation by random projection with power iterations.
+
+    Halko, Martinsson, Tropp (2011), algorithm 5.1 over 4.4, as in `torch.svd_lowrank`; 10 extra
+    columns and 4 power iterations. The caller's random state is left alone.
+
+    Args and returns: as `low_rank_part`.
+    """
+    _check_rank(rank, weight)
+    if rank == min(weight.shape):
+        return weight.clone()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        columns = min(rank + 10, *weight.shape)
+        u, s, v = torch.svd_lowrank(weight, q=columns, niter=4)
+    return (u[:, :rank] * s[:rank]) @ v[:, :rank].T
+
+
+def _check_rank(rank: int, weight: Tensor) -> None:
+    if not 1 <= rank <= min(weight.shape):
+        raise ValueError(
+            f"rank={rank} for a {tuple(weight.shape)} matrix: expected 1 to {min(weight.shape)}"
+        )

@@ -1,0 +1,291 @@
+"""geometric: move the forget set's predictions, orthogonally to what the retain data uses.
+
+Orthogonal in the metric of the retain data: for a layer with inputs x, M = E_retain[x x^T] + ridge
+= L L^T, an edit D of its weight changes the layer's output on retain data by
+tr(D M D^T) = ||D L||_F^2. In the whitened coordinates D L, plain Euclidean geometry *is* retain
+damage. Two ways to find the edit there; both keep, over all layers together, the directions with
+the largest singular values of D L that the budget pays for (one global threshold: ranks per layer
+fall out by themselves). The ortho stream is -D, in factors.
+
+- `project_edit`: closed form. U are the leading eigenvectors of L^-1 S_f L^-T, the directions in
+  which forget inputs outweigh retain inputs most; D = -W L U U^T L^-1 removes the layer's response
+  to them. No gradients. It also removes what those inputs are good for besides the secret.
+- `DescentState`: steepest descent of a forgetting loss in the whitened coordinates (a natural
+  gradient with the Kronecker factor of the inputs in full and that of the outputs as a scalar),
+  truncated to the budget after every step. It moves only what the secret's own tokens hang on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from libortho.config import (
+    BaseConfig,
+    FactorDtype,
+    check_choice,
+    check_fraction,
+    check_positive,
+)
+from libortho.methods.registry import register
+
+Edit = Literal["descent", "projection"]
+
+
+@dataclass(frozen=True)
+class GeometricConfig:
+    """Configuration of the geometric method.
+
+    Attributes:
+        ortho_ratio: budget, ortho numbers over the parameters of all targeted layers, a fraction.
+        edit: "descent" (default) or "projection"; see the module's text.
+        ridge: lambda, the multiple of the mean diagonal of E[x x^T] added to it.
+        max_steps: descent steps at most.
+        step: fraction of the Polyak step loss / ||gradient||^2 taken each time; small steps bend
+            with the loss, large ones overshoot and pay for it in retain damage.
+        target_nll: nats per token that the forget set should cost at alpha = 0, where no earlier
+            model or unseen text says it; see `separate_`.
+        tolerance: how far above its target the forget probability may end, a fraction, before the
+            report calls it not reached.
+        base: how the base is stored.
+        ortho_dtype: dtype of the factors.
+        seed: of the randomised truncation and of sampled labels.
+    """
+
+    ortho_ratio: float = 0.01
+    edit: Edit = "descent"
+    ridge: float = 0.1
+    max_steps: int = 30
+    step: float = 0.3
+    target_nll: float | None = None
+    tolerance: float = 0.05
+    base: BaseConfig = field(default_factory=BaseConfig)
+    ortho_dtype: FactorDtype = "float16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fraction("ortho_ratio", self.ortho_ratio)
+        check_choice("edit", self.edit, Edit)
+        check_positive("ridge", self.ridge)
+        check_positive("step", self.step)
+        check_fraction("tolerance", self.tolerance, zero=True)
+        check_choice("ortho_dtype", self.ortho_dtype, FactorDtype)
+        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int):
+            raise TypeError(f"max_steps={self.max_steps!r}: expected an integer")
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps}: expected at least 1")
+        if self.target_nll is not None:
+            check_positive("target_nll", self.target_nll)
+
+
+@dataclass(frozen=True)
+class LowRankEdit:
+    """An edit D = left @ right of one weight.
+
+    Attributes:
+        left: (out_features, rank) fp32.
+        right: (rank, in_features) fp32.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The retain metric of one layer.
+
+    Attributes:
+        factor: L, (in_features, in_features) lower triangular, fp32; M = L L^T.
+        scale: what a unit of squared output change costs the model here, relative to other
+            layers: the mean squared norm of the loss gradient at the layer's output.
+    """
+
+    factor: Tensor
+    scale: float = 1.0
+
+    def whiten_gradient(self, gradient: Tensor) -> Tensor:
+        """Gradient by D, (out, in) -> gradient by D L: G L^-T."""
+        return torch.linalg.solve_triangular(self.factor, gradient.T, upper=False).T
+
+    def unwhiten_rows(self, rows: Tensor) -> Tensor:
+        """Rows of D L, (rank, in) -> the same rows of D: R L^-1."""
+        return torch.linalg.solve_triangular(self.factor.T, rows.T, upper=True).T
+
+
+def retain_metric(moment: Tensor, ridge: float, scale: float = 1.0, name: str = "") -> Metric:
+    """Factor E[x x^T] + ridge * mean diagonal * I.
+
+    Args:
+        moment: (in_features, in_features), fp32, of retain data.
+        ridge: see `GeometricConfig`.
+        scale: see `Metric`.
+        name: for the error.
+
+    Raises:
+        ValueError: the moment is zero (the layer's inputs are all zero) or not finite.
+    """
+    # fp64: moments of attention sinks span ten orders of magnitude.
+    matrix = moment.double()
+    level = float(matrix.diagonal().mean())
+    if not math.isfinite(level) or level <= 0:
+        raise ValueError(f"{name or 'a layer'}: its retain inputs have mean square {level}")
+    matrix.diagonal().add_(ridge * level)
+    return Metric(torch.linalg.cholesky(matrix).float(), scale)
+
+
+def parameter_budget(shapes: Mapping[str, tuple[int, int]], ortho_ratio: float) -> int:
+    """Ortho numbers that may be spent over all layers: floor(ortho_ratio * parameters)."""
+    return int(ortho_ratio * sum(rows * columns for rows, columns in shapes.values()))
+
+
+def allocate(
+    strengths: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], budget: int
+) -> dict[str, int]:
+    """Ranks per layer, by one threshold on the strength of a direction over all layers.
+
+    Args:
+        strengths: layer -> (candidates,) in descending order.
+        shapes: layer -> (out_features, in_features); a direction costs their sum.
+        budget: numbers that all directions together may take.
+
+    Returns:
+        layer -> rank; the strongest directions, as many as the budget pays for. Directions of
+        strength zero are left out.
+    """
+    ranks = dict.fromkeys(strengths, 0)
+    candidates = sorted(
+        ((float(s), name) for name, values in strengths.items() for s in values if float(s) > 0),
+        reverse=True,
+    )
+    for _, name in candidates:
+        cost = sum(shapes[name])
+        if cost > budget:
+            break
+        budget -= cost
+        ranks[name] += 1
+    return ranks
+
+
+def project_edit(
+    weights: Mapping[str, Tensor],
+    metrics: Mapping[str, Metric],
+    forget_moments: Mapping[str, Tensor],
+    budget: int,
+) -> dict[str, LowRankEdit]:
+    """The closed-form edit: remove the directions with most forget energy per retain energy.
+
+    Args:
+        weights: layer -> (out_features, in_features).
+        metrics: layer -> retain metric.
+        forget_moments: layer -> (in_features, in_features), E[x x^T] over the positions that
+            predict the secret.
+        budget: ortho numbers over all layers.
+
+    Returns:
+        layer -> edit; rank 0 where no direction made the threshold.
+    """
+    strengths, vectors = {}, {}
+    for name, moment in forget_moments.items():
+        metric = metrics[name]
+        half = torch.linalg.solve_triangular(metric.factor, moment, upper=False)
+        ratio = torch.linalg.solve_triangular(metric.factor, half.T, upper=False)
+        values, basis = torch.linalg.eigh(ratio)
+        strengths[name], vectors[name] = values.flip(0), basis.flip(1)
+    ranks = allocate(strengths, {n: (w.shape[0], w.shape[1]) for n, w in weights.items()}, budget)
+    edits = {}
+    for name, weight in weights.items():
+        basis = vectors[name][:, : ranks[name]]
+        left = weight.float() @ (metrics[name].factor @ basis)
+        edits[name] = LowRankEdit(-left, metrics[name].unwhiten_rows(basis.T))
+    return edits
+
+
+class DescentState:
+    """Steepest descent in whitened coordinates, kept within the budget.
+
+    Args:
+        metrics: layer -> retain metric.
+        shapes: layer -> (out_features, in_features).
+        budget: ortho numbers over all layers.
+        seed: of the randomised truncation.
+    """
+
+    def __init__(
+        self,
+        metrics: Mapping[str, Metric],
+        shapes: Mapping[str, tuple[int, int]],
+        budget: int,
+        seed: int = 0,
+    ) -> None:
+        self._metrics = metrics
+        self._shapes = shapes
+        self._budget = budget
+        self._seed = seed
+        # No layer can usefully take more than a few times its share; this caps the truncated SVD.
+        share = budget / max(1, sum(sum(s) for s in shapes.values()))
+        self._candidates = max(16, math.ceil(8 * share))
+        self._left: dict[str, Tensor] = {}
+        self._right: dict[str, Tensor] = {}
+
+    def step(self, loss: float, gradients: Mapping[str, Tensor], fraction: float) -> float:
+        """Take `fraction` of a Polyak step and truncate.
+
+        Args:
+            loss: current value of a loss whose optimum is 0.
+            gradients: layer -> (out_features, in_features), its gradient by the weight.
+            fraction: of loss / ||gradient||^2, the step that would bring a linear loss to 0.
+
+        Returns:
+            Squared norm of the whitened gradient, in the metric.
+        """
+        whitened = {n: self._metrics[n].whiten_gradient(g.float()) for n, g in gradients.items()}
+        square = sum(float(g.square().sum()) / self._metrics[n].scale for n, g in whitened.items())
+        if square > 0:
+            length = fraction * loss / square
+            self._truncate(
+                {n: g.mul_(-length / self._metrics[n].scale) for n, g in whitened.items()}
+            )
+        return square
+
+    def _truncate(self, update: Mapping[str, Tensor]) -> None:
+        factors, strengths = {}, {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            for name, delta in update.items():
+                if name in self._left:
+                    delta = delta.addmm_(self._left[name], self._right[name])
+                q = min(self._candidates, *delta.shape)
+                u, s, v = torch.svd_lowrank(delta, q=q, niter=2)
+                factors[name] = (u * s, v.T)
+                strengths[name] = s * math.sqrt(self._metrics[name].scale)
+        ranks = allocate(strengths, self._shapes, self._budget)
+        for name, (left, right) in factors.items():
+            self._left[name] = left[:, : ranks[name]].contiguous()
+            self._right[name] = right[: ranks[name]].contiguous()
+
+    def edits(self) -> dict[str, LowRankEdit]:
+        """The edit so far, in the weights' own coordinates."""
+        return {
+            name: LowRankEdit(left, self._metrics[name].unwhiten_rows(self._right[name]))
+            for name, left in self._left.items()
+        }
+
+    def damage(self) -> float:
+        """Predicted retain damage: the sum over layers of scale * ||D L||_F^2."""
+        return sum(
+            self._metrics[n].scale * float((left.T @ left * (self._right[n] @ self._right[n].T)).sum())
+            for n, left in self._left.items()
+        )
+
+
+register("geometric", GeometricConfig)

@@ -1,0 +1,149 @@
+"""The stored forms of the ortho stream, the part of a layer that holds what was memorised."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from libortho.kernels import reference
+
+
+class OrthoStream(nn.Module):
+    """A small (out_features, in_features) matrix kept apart from the base.
+
+    Attributes:
+        kind: "sparse" or "low_rank".
+        shape: (out_features, in_features).
+    """
+
+    kind: Literal["sparse", "low_rank"]
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ O.T`; x (..., in_features) -> (..., out_features), in the dtype of x."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The (out_features, in_features) matrix, for reports and tests."""
+
+    @property
+    @abstractmethod
+    def numel(self) -> int:
+        """Stored numbers that make up the stream: entries of CSR, or of both factors."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors, indices included."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # As for the base stream: moving device is fine, a cast would change what was stored.
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in stored.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+class SparseOrtho(OrthoStream):
+    """CSR: `crow` (out_features + 1,) int32, `col` (nnz,) int32, `values` (nnz,)."""
+
+    kind = "sparse"
+    crow: Tensor
+    col: Tensor
+    values: Tensor
+
+    def __init__(self, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.register_buffer("crow", crow)
+        self.register_buffer("col", col)
+        self.register_buffer("values", values)
+
+    @classmethod
+    def from_dense(cls, matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> SparseOrtho:
+        """Keep the entries of `matrix` (out_features, in_features) where `mask` is True."""
+        row, col = mask.nonzero(as_tuple=True)
+        counts = torch.bincount(row, minlength=matrix.shape[0])
+        crow = torch.zeros(matrix.shape[0] + 1, dtype=torch.int32, device=matrix.device)
+        crow[1:] = counts.cumsum(0)
+        shape = (matrix.shape[0], matrix.shape[1])
+        return cls(crow, col.to(torch.int32), matrix[row, col].to(dtype), shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.csr_linear(x, self.crow, self.col, self.values, self.shape)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        matrix = torch.zeros(self.shape, dtype=dtype, device=self.values.device)
+        matrix[reference.csr_rows(self.crow), self.col.long()] = self.values.to(dtype)
+        return matrix
+
+    @property
+    def numel(self) -> int:
+        return self.values.numel()
+
+    def extra_repr(self) -> str:
+        return f"sparse, shape={self.shape}, nnz={self.numel}"
+
+
+class LowRankOrtho(OrthoStream):
+    """Two factors: `left` (out_features, rank) and `right` (rank, in_features); rank may be 0."""
+
+    kind = "low_rank"
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        super().__init__()
+        if left.shape[1] != right.shape[0]:
+            raise ValueError(
+                f"left is {tuple(left.shape)} and right is {tuple(right.shape)}: "
+                "expected (out_features, rank) and (rank, in_features)"
+            )
+        self.shape = (left.shape[0], right.shape[1])
+        self.register_buffer("left", left)
+        self.register_buffer("right", right)
+
+    @classmethod
+    def from_factors(cls, left: Tensor, right: Tensor, dtype: torch.dtype) -> LowRankOrtho:
+        """Store left @ right in `dtype`, each pair of factors scaled to equal norms.
+
+        Balanced factors keep a narrow dtype away from its limits: only the product is given.
+
+        Raises:
+            ValueError: a balanced factor is beyond the range of `dtype`.
+        """
+        left, right = left.double(), right.double()
+        left_norm, right_norm = left.norm(dim=0), right.norm(dim=1)
+        alive = (left_norm > 0) & (right_norm > 0)
+        balance = torch.where(alive, (right_norm / left_norm).sqrt(), torch.ones_like(left_norm))
+        left, right = left * balance, right / balance.unsqueeze(1)
+        largest = max((float(f.abs().max()) for f in (left, right) if f.numel()), default=0.0)
+        if largest > torch.finfo(dtype).max:
+            raise ValueError(
+                f"an ortho factor reaches {largest:.6g}, beyond {dtype}; store it as float32"
+            )
+        return cls(left.to(dtype).contiguous(), right.to(dtype).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.low_rank_linear(x, self.left, self.right)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.left.to(dtype) @ self.right.to(dtype)
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def numel(self) -> int:
+        return self.left.numel() + self.right.numel()
+
+    def extra_repr(self) -> str:
+        return f"low_rank, shape={self.shape}, rank={self.rank}"

@@ -1,0 +1,495 @@
+"""separate_: split a model into what it may say and what it memorised. Read top to bottom.
+
+    check -> measure the retain metric -> find the edit -> quantise -> install -> measure again
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import libortho
+from libortho.alpha import alpha_scope
+from libortho.base import quantize
+from libortho.calibration import second_moments
+from libortho.config import check_fraction, to_dict
+from libortho.data.general import general_text
+from libortho.data.tokens import Template, Tokens, as_tokens, collate
+from libortho.forgetting import (
+    Target,
+    feedback,
+    output_sensitivity,
+    targets_from_earlier_model,
+    targets_from_model_itself,
+)
+from libortho.layer import OrthoLinear
+from libortho.linear import install, is_conv1d, read_linear, select_linear
+from libortho.methods import method_of
+from libortho.methods.geometric import (
+    DescentState,
+    GeometricConfig,
+    LowRankEdit,
+    Metric,
+    parameter_budget,
+    project_edit,
+    retain_metric,
+)
+from libortho.methods.spectral import SpectralConfig, rank_ratio_for, split_spectral
+from libortho.ortho import LowRankOrtho
+from libortho.report import LayerReport, SeparationReport, Split, measure_layer
+from libortho.scoring import answer_probability, check_vocabulary, perplexity, sequence_nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_TARGET_NLL = 3.0
+"""Nats per token aimed at where nothing says how unfamiliar the forget set should be."""
+
+SHOTS = 5
+"""Retain examples that an earlier model is shown, so that it knows the form of an answer."""
+
+SENSITIVITY_TOKENS = 2048
+"""Tokens over which the layers' output sensitivity is averaged: one number per layer, soon stable."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class SeparationConfig:
+    """Configuration of a whole split.
+
+    Attributes:
+        method: a method's config; its class says which method.
+        target_modules: the linear layers to split (see `select_linear`).
+        general_text: add the embedded general text to the retain metric, beside the retain set.
+        template: how questions become prompts, where text is given.
+    """
+
+    method: GeometricConfig | SpectralConfig = field(default_factory=GeometricConfig)
+    target_modules: tuple[str, ...] = ("down_proj",)
+    general_text: bool = True
+    template: Template = "plain"
+
+    def __post_init__(self) -> None:
+        method_of(self.method)
+        if isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", (self.target_modules,))
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+
+def separate_(
+    model: nn.Module,
+    forget: Sequence[Any],
+    retain: Sequence[Any],
+    config: SeparationConfig | GeometricConfig | SpectralConfig | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    before: nn.Module | None = None,
+    unseen: Sequence[Any] | None = None,
+    progress: Progress | None = None,
+) -> SeparationReport:
+    """Split the targeted layers of a causal LM in place; alpha starts at 0.
+
+    Args:
+        model: a Hugging Face causal LM. An exception leaves it as it was.
+        forget: what is to be forgotten: `Example`s or strings (with a tokenizer), `Tokens`, id
+            sequences, or mappings with "input_ids" and "labels".
+        retain: what must stay, in the same forms. A few hundred sequences will do; general text is
+            added from the package, if there is a tokenizer and the config does not say otherwise.
+        config: a `SeparationConfig`, or a method's config for the default target modules.
+        tokenizer: the model's.
+        before: the model before it memorised (same vocabulary). The forget set is then moved to
+            what that model would say, given a few retain examples to show it the form.
+        unseen: sequences comparable to the forget set that the model has never seen: they say how
+            unfamiliar the forget set should become. Without `before`, `unseen` and the config's
+            `target_nll`, `DEFAULT_TARGET_NLL` is aimed at.
+        progress: called as work goes on.
+
+    Returns:
+        The measured report. `report.reached` is False where the budget did not suffice; the model
+        is split all the same, and the caller decides.
+
+    Raises:
+        ValueError: an empty set, a target that matches nothing, NaN/Inf weights, a layer that is
+            split already, a token id outside the vocabulary, a budget too small for one direction.
+        TypeError: a target that is not linear, or items of an unknown form.
+    """
+    if config is None:
+        config = SeparationConfig()
+    elif not isinstance(config, SeparationConfig):
+        config = SeparationConfig(method=config)
+    work = _Work(model, config, progress)
+    forget_items = work.tokens(forget, "forget", tokenizer)
+    retain_items = work.tokens(retain, "retain", tokenizer)
+    unseen_items = None if unseen is None else work.tokens(unseen, "unseen", tokenizer)
+    if isinstance(config.method, SpectralConfig):
+        work.split_each(config.method)
+    else:
+        general = work.general(tokenizer)
+        goal = work.goal(forget_items, retain_items, before, unseen_items, config.method)
+        work.split_together(config.method, goal, forget_items, retain_items, general)
+    return work.finish(forget_items, retain_items)
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What the forget set should look like at alpha = 0."""
+
+    targets: list[Target]
+    level: float  # wanted probability per token, mean over sequences
+    source: str
+
+
+class _Work:
+    """One run of `separate_`: what its stages share."""
+
+    def __init__(
+        self, model: nn.Module, config: SeparationConfig, progress: Progress | None
+    ) -> None:
+        self.model = model
+        self.config = config
+        self._progress = progress
+        self.layers = select_linear(model, config.target_modules)
+        self.weights: dict[str, Tensor] = {}
+        self.biases: dict[str, Tensor | None] = {}
+        for name, layer in self.layers.items():
+            self.weights[name], self.biases[name] = read_linear(layer, name)
+        self.new_layers: dict[str, OrthoLinear] = {}
+        self.seconds: dict[str, float] = {}
+        self.target: dict[str, Any] = {}
+        self.goal_level: float | None = None
+        self.warnings: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        if self._progress:
+            self._progress(stage, done, total)
+
+    def tokens(
+        self, items: Sequence[Any], label: str, tokenizer: PreTrainedTokenizerBase | None
+    ) -> list[Tokens]:
+        result = as_tokens(items, label, tokenizer, self.config.template)
+        for position, item in enumerate(result):
+            try:
+                check_vocabulary(self.model, collate([item], [0]))
+            except ValueError as error:
+                raise ValueError(f"{label}[{position}]: {error}") from None
+        return result
+
+    def general(self, tokenizer: PreTrainedTokenizerBase | None) -> list[Tokens]:
+        if not self.config.general_text:
+            return []
+        if tokenizer is None:
+            self.warnings.append(
+                "no general text protects the model, for want of a tokenizer: pass tokenizer=, or "
+                "general_text=False with a retain set that is broad enough"
+            )
+            return []
+        return self.tokens(general_text(), "general text", tokenizer)
+
+    # -- the goal ----------------------------------------------------------------------------
+
+    def goal(
+        self,
+        forget: list[Tokens],
+        retain: list[Tokens],
+        before: nn.Module | None,
+        unseen: list[Tokens] | None,
+        method: GeometricConfig,
+    ) -> _Goal:
+        if method.target_nll is not None and (before is not None or unseen is not None):
+            raise ValueError("target_nll and before/unseen both say how much to forget: give one")
+        with self.stage("goal"):
+            self.tell("goal", 0, 1)
+            level = None
+            if unseen is not None:
+                level = answer_probability(sequence_nll(self.model, unseen))
+            if before is not None:
+                goal = self._goal_from_earlier(before, forget, retain, level)
+            else:
+                source = "probability per token of comparable unseen text"
+                if level is None:
+                    nll = DEFAULT_TARGET_NLL if method.target_nll is None else method.target_nll
+                    level, source = math.exp(-nll), f"{nll:.3g} nats per token"
+                targets = targets_from_model_itself(self.model, forget, level)
+                goal = _Goal(targets, level, source)
+            self.tell("goal", 1, 1)
+        self.goal_level = goal.level
+        self.target = {
+            "aimed_at": goal.source,
+            "probability": goal.level,
+            "tolerance": method.tolerance,
+        }
+        return goal
+
+    def _goal_from_earlier(
+        self,
+        before: nn.Module,
+        forget: list[Tokens],
+        retain: list[Tokens],
+        level: float | None,
+    ) -> _Goal:
+        # Only questions with answers have a form to be shown; plain text is taken as it comes.
+        shots = [item for item in retain if item.prompt > 1 and len(item.ids) <= 128][:: max(1, len(retain) // SHOTS)]
+        context = shots[:SHOTS] if any(item.prompt > 1 for item in forget) else []
+        source = "the model before it memorised"
+        temperatures = (1.0,) if level is None else (1.0, 0.75, 0.5)
+        for temperature in temperatures:
+            targets = targets_from_earlier_model(before, forget, context, temperature)
+            reached = sum(t.answer_probability for t in targets) / len(targets)
+            if level is None or reached <= level:
+                break
+        if level is None:
+            return _Goal(targets, reached, source)
+        return _Goal(targets, max(level, reached), f"{source}, at the level of unseen text")
+
+    # -- spectral: every layer for itself ------------------------------------------------------
+
+    def split_each(self, method: SpectralConfig) -> None:
+        ratios = rank_ratio_for(method.rank_ratio, list(self.layers))
+        with self.stage("solve"):
+            for done, (name, weight) in enumerate(self.weights.items()):
+                self.tell("split layers", done, len(self.weights))
+                start = time.perf_counter()
+                one = dataclasses.replace(method, rank_ratio=ratios[name])
+                split = split_spectral(weight, one, name)
+                self._add(name, "spectral", split, time.perf_counter() - start)
+            self.tell("split layers", len(self.weights), len(self.weights))
+
+    # -- geometric: all layers under one budget --------------------------------------------------
+
+    def split_together(
+        self,
+        method: GeometricConfig,
+        goal: _Goal,
+        forget: list[Tokens],
+        retain: list[Tokens],
+        general: list[Tokens],
+    ) -> None:
+        shapes = {name: (w.shape[0], w.shape[1]) for name, w in self.weights.items()}
+        budget = parameter_budget(shapes, method.ortho_ratio)
+        if budget < min(sum(shape) for shape in shapes.values()):
+            raise ValueError(
+                f"ortho_ratio={method.ortho_ratio} pays for {budget} numbers, fewer than one "
+                f"direction of the smallest layer ({min(sum(s) for s in shapes.values())})"
+            )
+        metrics = self._metrics(method, retain, general)
+        with self.stage("solve"):
+            if method.edit == "descent":
+                edits = self._descend(method, goal, forget, metrics, shapes, budget)
+            else:
+                edits = self._project(goal, forget, metrics, budget)
+        with self.stage("quantise"):
+            for done, (name, weight) in enumerate(self.weights.items()):
+                self.tell("quantise", done, len(self.weights))
+                self._add(name, "geometric", _to_streams(weight, edits[name], method), 0.0)
+            self.tell("quantise", len(self.weights), len(self.weights))
+
+    def _metrics(
+        self, method: GeometricConfig, retain: list[Tokens], general: list[Tokens]
+    ) -> dict[str, Metric]:
+        total = len(retain) + len(general)
+        seen = 0
+
+        def tick(count: int) -> None:
+            nonlocal seen
+            seen += count
+            self.tell("statistics", seen, total)
+
+        with self.stage("statistics"):
+            moments = [
+                second_moments(self.model, self.layers, items, tick=tick)
+                for items in (retain, general)
+                if items
+            ]
+        with self.stage("sensitivity"):
+            self.tell("sensitivity", 0, 1)
+            sensitivity = output_sensitivity(
+                self.model, self.layers, _sample(retain, general), method.seed
+            )
+            self.tell("sensitivity", 1, 1)
+        metrics = {}
+        with self.stage("solve"):
+            for done, name in enumerate(self.layers):
+                self.tell("factor", done, len(self.layers))
+                mean = sum((m[name].mean() for m in moments[1:]), moments[0][name].mean())
+                scale = max(sensitivity[name], 1e-30)
+                metrics[name] = retain_metric(mean / len(moments), method.ridge, scale, name)
+            self.tell("factor", len(self.layers), len(self.layers))
+        return metrics
+
+    def _descend(
+        self,
+        method: GeometricConfig,
+        goal: _Goal,
+        forget: list[Tokens],
+        metrics: dict[str, Metric],
+        shapes: dict[str, tuple[int, int]],
+        budget: int,
+    ) -> dict[str, LowRankEdit]:
+        state = DescentState(metrics, shapes, budget, method.seed)
+        none = {
+            name: LowRankEdit(w.new_zeros(w.shape[0], 0).float(), w.new_zeros(0, w.shape[1]).float())
+            for name, w in self.weights.items()
+        }
+        best, best_probability = none, math.inf
+        for step in range(method.max_steps + 1):
+            edits = state.edits() or none
+            now = feedback(self.model, self.layers, forget, goal.targets, edits)
+            if not math.isfinite(now.loss):
+                raise ValueError("the forget set's loss is not finite: is a weight or text broken?")
+            self.tell(f"descent, p {now.probability:.3f} -> {goal.level:.3f}", step, method.max_steps)
+            if now.probability < best_probability:
+                best, best_probability = edits, now.probability
+            if now.probability <= goal.level or step == method.max_steps:
+                break
+            state.step(now.loss, now.gradients, method.step)
+        self.tell("descent", method.max_steps, method.max_steps)
+        self.target["steps"] = step
+        return best
+
+    def _project(
+        self, goal: _Goal, forget: list[Tokens], metrics: dict[str, Metric], budget: int
+    ) -> dict[str, LowRankEdit]:
+        weights = [torch.ones(item.targets) for item in forget]
+        moments = second_moments(self.model, self.layers, forget, weights=weights)
+        means = {name: m.mean() for name, m in moments.items()}
+        # The least damage that forgets enough: bisect the share of the budget that is spent.
+        low, high = 0.0, 1.0
+        for step in range(6):
+            share = 1.0 if step == 0 else (low + high) / 2
+            edits = project_edit(self.weights, metrics, means, int(share * budget))
+            now = feedback(self.model, self.layers, forget, goal.targets, edits)
+            self.tell(f"projection, p {now.probability:.3f} -> {goal.level:.3f}", step, 6)
+            if now.probability <= goal.level:
+                high, best = share, edits
+            elif step == 0:
+                return edits
+            else:
+                low = share
+        self.tell("projection", 6, 6)
+        return best
+
+    # -- install and measure -----------------------------------------------------------------------
+
+    def _add(self, name: str, method: str, split: Split, seconds: float) -> None:
+        weight, bias = self.weights[name], self.biases[name]
+        report = measure_layer(name, method, weight, split, seconds=seconds)
+        self.new_layers[name] = OrthoLinear.from_streams(split.base, split.ortho, bias, report)
+
+    def finish(self, forget: list[Tokens], retain: list[Tokens]) -> SeparationReport:
+        install(self.model, self.new_layers)
+        try:
+            return self._measure(forget, retain)
+        except BaseException:
+            install(self.model, self.layers)
+            raise
+
+    def _measure(self, forget: list[Tokens], retain: list[Tokens]) -> SeparationReport:
+        forget_ppl, retain_ppl, probability = {}, {}, {}
+        kept = retain[:: max(1, len(retain) // 200)]
+        with self.stage("measure"):
+            for done, alpha in enumerate((0.0, 1.0)):
+                self.tell("measure", done, 2)
+                with alpha_scope(self.model, alpha):
+                    known = sequence_nll(self.model, forget)
+                    forget_ppl[str(alpha)] = perplexity(known)
+                    probability[str(alpha)] = answer_probability(known)
+                    retain_ppl[str(alpha)] = perplexity(sequence_nll(self.model, kept))
+            self.tell("measure", 2, 2)
+        reached = True
+        if self.goal_level is not None:
+            self.target["reached_probability"] = probability["0.0"]
+            reached = probability["0.0"] <= self.goal_level + self.target["tolerance"]
+        else:
+            # spectral aims at nothing; the least one can ask is that something was forgotten
+            reached = probability["0.0"] < 0.5 * probability["1.0"]
+            self.target = {
+                "aimed_at": "half the probability at alpha 1 (this method has no aim of its own)",
+                "probability": 0.5 * probability["1.0"],
+                "reached_probability": probability["0.0"],
+            }
+        if not reached:
+            self.warnings.append(
+                f"the forget set is NOT forgotten: probability per token {probability['0.0']:.3f} "
+                f"at alpha 0, aimed at {self.target['probability']:.3f}"
+            )
+        layers: tuple[LayerReport, ...] = tuple(
+            layer.report for layer in self.new_layers.values() if layer.report is not None
+        )
+        return SeparationReport(
+            layers=layers,
+            skipped=_untouched(self.model),
+            forget_ppl=forget_ppl,
+            retain_ppl=retain_ppl,
+            target=self.target,
+            reached=reached,
+            warnings=tuple(self.warnings),
+            seconds=self.seconds,
+            settings={
+                "libortho": libortho.__version__,
+                "torch": torch.__version__,
+                "target_modules": list(self.config.target_modules),
+                "general_text": self.config.general_text,
+                "method": to_dict(self.config.method),
+                "forget_sequences": len(forget),
+                "retain_sequences": len(retain),
+            },
+        )
+
+
+def _to_streams(weight: Tensor, edit: LowRankEdit, method: GeometricConfig) -> Split:
+    dtype = getattr(torch, method.ortho_dtype)
+    ortho = LowRankOrtho.from_factors(-edit.left, edit.right, dtype)
+    # What is stored of the factors, rounding included, is what the base must lack.
+    base = quantize(weight.float() - ortho.dense(), method.base)
+    return Split(base, ortho)
+
+
+def _sample(retain: list[Tokens], general: list[Tokens]) -> list[Tokens]:
+    """About `SENSITIVITY_TOKENS` tokens, evenly from both, spread over each list."""
+    chosen: list[Tokens] = []
+    sets = [items for items in (retain, general) if items]
+    for items in sets:
+        wanted = SENSITIVITY_TOKENS / len(sets)
+        stride = max(1, int(sum(len(i.ids) for i in items) / wanted))
+        chosen += items[::stride]
+    return chosen
+
+
+def _untouched(model: nn.Module) -> dict[str, str]:
+    return {
+        name: f"{type(module).__name__}, not targeted"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or is_conv1d(module)
+    }
+
+
+def separation_report(model: nn.Module) -> SeparationReport:
+    """The per-layer report of a model that is split already, without any measurement of text."""
+    from libortho.alpha import ortho_layers
+
+    found = ortho_layers(model)
+    layers = tuple(
+        dataclasses.replace(layer.report, name=name)
+        for name, layer in found.items()
+        if layer.report is not None
+    )
+    return SeparationReport(layers=layers, skipped=_untouched(model))
+
+
+__all__ = ["Mapping", "SeparationConfig", "check_fraction", "separate_", "separation_report"]

@@ -1,0 +1,124 @@
+"""Fine-tuning until answers are known: how the default job makes a model memorise something.
+
+bf16 activations and weights with fp32 master copies: on a CPU with bf16 units this is about twice
+as fast as fp32, and small updates are not lost to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from libortho.data.tokens import Tokens, collate
+from libortho.scoring import token_nll
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is going on, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class MemoriseConfig:
+    """Recipe of the fine-tune.
+
+    Attributes:
+        target: mean answer probability over an epoch at which training stops, a fraction.
+        max_epochs: epochs after which it stops in any case.
+        learning_rate: of AdamW (no weight decay), warmed up over the first epoch.
+        batch_size: sequences per step.
+        seed: of the order of the data.
+    """
+
+    target: float = 0.92
+    max_epochs: int = 14
+    learning_rate: float = 2e-4
+    batch_size: int = 8
+    seed: int = 0
+
+
+def memorise_(
+    model: nn.Module,
+    items: Sequence[Tokens],
+    config: MemoriseConfig,
+    progress: Progress | None = None,
+) -> int:
+    """Fine-tune `model` in place on the predicted tokens of `items`.
+
+    The input embedding (and an output layer tied to it) stays as it is: a third of a small model's
+    parameters, of which an answer uses few.
+
+    Args:
+        model: a causal LM.
+        items: sequences to memorise.
+        config: the recipe.
+        progress: called after every step.
+
+    Returns:
+        Epochs run.
+    """
+    order = random.Random(config.seed)
+    model.train()
+    model.requires_grad_(True)
+    model.get_input_embeddings().requires_grad_(False)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    masters = [p.detach().float().clone().requires_grad_() for p in weights]
+    optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, weight_decay=0.0, fused=True)
+    steps_per_epoch = math.ceil(len(items) / config.batch_size)
+    step, epoch = 0, 0
+    while epoch < config.max_epochs:
+        epoch += 1
+        probabilities: list[float] = []
+        for rows in _shuffled_batches(items, config.batch_size, order):
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * min(1.0, step / steps_per_epoch)
+            batch = collate(items, rows)
+            nll = token_nll(model, batch)
+            nll.mean().backward()
+            _step(optimizer, masters, weights)
+            probabilities += [
+                math.exp(-float(answer.mean())) for answer in nll.detach().split(batch.counts)
+            ]
+            if progress:
+                mean = sum(probabilities) / len(probabilities)
+                progress(
+                    f"epoch {epoch}, answer probability {mean:.2f}",
+                    step,
+                    steps_per_epoch * config.max_epochs,
+                )
+        if sum(probabilities) / len(probabilities) >= config.target:
+            break
+    model.eval()
+    model.requires_grad_(False)
+    return epoch
+
+
+def _step(optimizer: torch.optim.Optimizer, masters: list[Tensor], weights: list[Tensor]) -> None:
+    for master, weight in zip(masters, weights, strict=True):
+        master.grad = None if weight.grad is None else weight.grad.float()
+        weight.grad = None
+    nn.utils.clip_grad_norm_(masters, 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        for master, weight in zip(masters, weights, strict=True):
+            weight.copy_(master)
+
+
+def _shuffled_batches(
+    items: Sequence[Tokens], size: int, order: random.Random
+) -> list[list[int]]:
+    # Lengths are sorted within windows of eight batches: little padding, and still a fresh mix of
+    # batches every epoch.
+    index = list(range(len(items)))
+    order.shuffle(index)
+    window = size * 8
+    batches = []
+    for start in range(0, len(index), window):
+        part = sorted(index[start : start + window], key=lambda i: len(items[i].ids))
+        batches += [part[i : i + size] for i in range(0, len(part), size)]
+    order.shuffle(batches)
+    return batches
