@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from libortho.data.tokens import Batch, Tokens, batches
 from libortho.scoring import check_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Tick = Callable[[int], None]
 """Called with the number of sequences just done."""
@@ -51,7 +55,7 @@ class Moments:
 
 
 def second_moments(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Mapping[str, nn.Module],
     items: Sequence[Tokens],
     *,
@@ -77,13 +81,14 @@ def second_moments(
             vocabulary.
     """
     moments: dict[str, Moments] = {}
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {}
     with _record_inputs(layers, inputs), torch.no_grad():
         for batch in batches(items):
             _run(model, batch)
             body, first = _position_weights(batch, weights)
-            for name, x in inputs.items():
-                _add(moments, name, x, body.to(x.device), first.to(x.device))
+            for name, calls in inputs.items():
+                for x in calls:
+                    _add(moments, name, x, body.to(x.device), first.to(x.device))
             inputs.clear()
             if tick:
                 tick(len(batch.index))
@@ -101,17 +106,21 @@ def _add(moments: dict[str, Moments], name: str, x: Tensor, body: Tensor, first:
     m = moments.setdefault(name, Moments.zeros(x.shape[-1], x.device))
     # Multiplying by a weight of zero would let a NaN at a padded position through; selecting won't.
     counted = body > 0
-    rows = x[counted].float() * body[counted].sqrt().unsqueeze(-1)
-    m.body.addmm_(rows.T, rows)
+    unweighted = bool((body[counted] == 1).all())
+    rows = x[counted].float()
+    if not unweighted:
+        rows = rows * body[counted].sqrt().unsqueeze(-1)
+    # bf16 numbers multiply exactly in bf16 units that add up in fp32, at twice the speed of fp32;
+    # weighted rows are no bf16 numbers any more.
+    with _matmul_precision("medium" if x.dtype == torch.bfloat16 and unweighted else "highest"):
+        m.body.addmm_(rows.T, rows)
     m.tokens += float(body.sum())
     starts = x[:, 0][first > 0].float()
     m.first.addmm_(starts.T, starts)
     m.sequences += int((first > 0).sum())
 
 
-def _position_weights(
-    batch: Batch, weights: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor]:
+def _position_weights(batch: Batch, weights: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
     if weights is None:
         body = batch.attention.float()
         first = torch.ones(len(batch.index))
@@ -124,10 +133,23 @@ def _position_weights(
 
 
 @contextmanager
-def _record_inputs(layers: Mapping[str, nn.Module], inputs: dict[str, Tensor]) -> Iterator[None]:
+def _matmul_precision(level: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(level)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _record_inputs(
+    layers: Mapping[str, nn.Module], inputs: dict[str, list[Tensor]]
+) -> Iterator[None]:
+    # A list, since a layer that stands in several places runs several times a pass.
     def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[name] = args[0].detach()
+            inputs.setdefault(name, []).append(args[0].detach())
 
         return hook
 
@@ -139,7 +161,7 @@ def _record_inputs(layers: Mapping[str, nn.Module], inputs: dict[str, Tensor]) -
             handle.remove()
 
 
-def _run(model: nn.Module, batch: Batch) -> None:
+def _run(model: PreTrainedModel, batch: Batch) -> None:
     check_vocabulary(model, batch)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     device = next(model.parameters()).device

@@ -11,13 +11,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from libortho.data.tokens import Batch, Tokens, batches
+from libortho.data.tokens import Tokens, batches
 from libortho.methods.geometric import LowRankEdit
 from libortho.scoring import predicted_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOP = 256
 """Entries kept of a target distribution; its tail is dropped and the rest renormalised."""
@@ -60,7 +64,7 @@ def _keep_top(probabilities: Tensor, labels: Tensor) -> Target:
 
 @torch.no_grad()
 def targets_from_earlier_model(
-    before: nn.Module,
+    before: PreTrainedModel,
     items: Sequence[Tokens],
     context: Sequence[Tokens] = (),
     temperature: float = 1.0,
@@ -88,7 +92,7 @@ def targets_from_earlier_model(
 
 @torch.no_grad()
 def targets_from_model_itself(
-    model: nn.Module, items: Sequence[Tokens], level: float
+    model: PreTrainedModel, items: Sequence[Tokens], level: float
 ) -> list[Target]:
     """The model's own predictions with the secret's tokens made as unlikely as `level` says.
 
@@ -131,6 +135,11 @@ def _lower(target: Target, item: Tokens, level: float) -> Target:
     return Target(target.tokens, torch.cat((wanted.unsqueeze(1), others), dim=1))
 
 
+def _log_odds(log_p: Tensor) -> Tensor:
+    log_p = log_p.clamp(-30.0, -1e-6)
+    return log_p - torch.log(-torch.expm1(log_p))
+
+
 @dataclass(frozen=True)
 class Feedback:
     """How a model with an edit does on the forget set.
@@ -149,11 +158,13 @@ class Feedback:
 
 
 def feedback(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Mapping[str, nn.Module],
     items: Sequence[Tokens],
     targets: Sequence[Target],
     edits: Mapping[str, LowRankEdit],
+    pressure: float = 0.2,
+    margin: float = 2.0,
 ) -> Feedback:
     """Loss, level and gradients with `edits` added to the weights of `layers`.
 
@@ -169,19 +180,18 @@ def feedback(
             wanted = torch.cat([targets[i].probabilities for i in batch.index]).to(log_p.device)
             picked = log_p.gather(1, tokens)
             entropy = torch.special.xlogy(wanted, wanted).sum()
-            loss = (entropy - (wanted * picked).sum()) / total
-            loss.backward()  # type: ignore[no-untyped-call]
+            excess = _log_odds(picked[:, 0]) - _log_odds(wanted[:, 0].log()) + margin
+            loss = (entropy - (wanted * picked).sum() + pressure * excess.relu().sum()) / total
+            loss.backward()
             loss_sum += float(loss.detach())
             own = -picked.detach()[:, 0]
             nll_sum += float(own.sum())
             probability_sum += sum(math.exp(-float(x.mean())) for x in own.split(batch.counts))
-    return Feedback(
-        max(loss_sum, 0.0), probability_sum / len(items), nll_sum / total, gradients
-    )
+    return Feedback(max(loss_sum, 0.0), probability_sum / len(items), nll_sum / total, gradients)
 
 
 def output_sensitivity(
-    model: nn.Module, layers: Mapping[str, nn.Module], items: Sequence[Tokens], seed: int = 0
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], items: Sequence[Tokens], seed: int = 0
 ) -> dict[str, float]:
     """Mean squared norm of the loss gradient at each layer's output: its scale in the metric.
 
@@ -201,14 +211,16 @@ def output_sensitivity(
             choice = torch.multinomial(
                 logits.detach().softmax(dim=1).cpu(), 1, generator=generator
             ).squeeze(1)
-            nn.functional.cross_entropy(logits, choice.to(logits.device), reduction="sum").backward()
+            nn.functional.cross_entropy(
+                logits, choice.to(logits.device), reduction="sum"
+            ).backward()
             tokens += sum(batch.counts)
     return {name: value / tokens for name, value in sums.items()}
 
 
 @contextmanager
 def edited_layers(
-    model: nn.Module, layers: Mapping[str, nn.Module], edits: Mapping[str, LowRankEdit]
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], edits: Mapping[str, LowRankEdit]
 ) -> Iterator[dict[str, Tensor]]:
     """Run `layers` with `edits` added; yields the dictionary in which gradients by D add up."""
     gradients: dict[str, Tensor] = {}
@@ -226,7 +238,7 @@ def edited_layers(
 
 @contextmanager
 def _hooked(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Mapping[str, nn.Module],
     edits: Mapping[str, LowRankEdit],
     collect: Callable[[str, Tensor, Tensor], None],

@@ -43,6 +43,7 @@ class OrthoLinear(nn.Module):
     base: BaseStream
     ortho: OrthoStream | None
     bias: Tensor | None
+    report: LayerReport | None
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class OrthoLinear(nn.Module):
         self.ortho = ortho
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.default_alpha = _alpha.ZERO
-        self.report: LayerReport | None = None
+        self.report = None
 
     @property
     def in_features(self) -> int:
@@ -193,18 +194,18 @@ def replace_linear_layers(
     selected = select_linear(model, target_modules)
     ratios = rank_ratio_for(rank_ratio, list(selected))
     for name, module in selected.items():
-        layer = OrthoLinear(
-            module,
-            ratio,
-            ratios[name],
-            use_low_rank,
-            scale=scale,
+        config = SpectralConfig(
+            ortho_ratio=ratio,
+            rank_ratio=ratios[name],
+            use_low_rank=use_low_rank,
             svd=svd,
             selection=selection,
-            storage=storage,
-            group_size=group_size,
+            base=BaseConfig(storage=storage, scale=scale, group_size=group_size),
             ortho_dtype=ortho_dtype,
         )
-        replacements[name] = layer
+        weight, bias = read_linear(module, name)
+        split = split_spectral(weight, config, name)
+        report = measure_layer(name, "spectral", weight, split, note=split.note)
+        replacements[name] = OrthoLinear.from_streams(split.base, split.ortho, bias, report)
     install(model, replacements)
     return model

@@ -57,9 +57,7 @@ def matches(name: str, pattern: str) -> bool:
         raise ValueError(f"target {pattern!r} is no regular expression: {error}") from None
 
 
-def select_linear(
-    model: nn.Module, target_modules: str | Sequence[str]
-) -> dict[str, nn.Module]:
+def select_linear(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
     """The linear layers that `target_modules` names, by module name, in the model's order.
 
     A module that stands in several places is returned once, under its first name; `install`
@@ -128,11 +126,11 @@ def _refuse_shared_weights(
     modules: Mapping[str, nn.Module], selected: Mapping[str, nn.Module]
 ) -> None:
     chosen = {id(module) for module in selected.values()}
-    storage = {m.weight.data_ptr(): name for name, m in selected.items() if not m.weight.is_meta}  # type: ignore[union-attr,operator]
+    storage = {m.weight.data_ptr(): name for name, m in selected.items() if not m.weight.is_meta}  # type: ignore[operator]
     for name, module in modules.items():
-        for label, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             owner = storage.get(parameter.data_ptr())
-            if owner is not None and label == "weight" and id(module) not in chosen:
+            if owner is not None and id(module) not in chosen:
                 raise ValueError(
                     f"{owner} shares its weight with {name}, which would keep what the split "
                     "removes; target another layer or untie them first"

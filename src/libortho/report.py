@@ -166,7 +166,16 @@ class SeparationReport:
         return plain
 
     def __str__(self) -> str:
-        head = ("layer", "method", "base err", "final err", "density", "rank", "base KiB", "ortho KiB")
+        head = (
+            "layer",
+            "method",
+            "base err",
+            "final err",
+            "density",
+            "rank",
+            "base KiB",
+            "ortho KiB",
+        )
         rows = [
             (
                 x.name,

@@ -8,54 +8,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from libortho.data.tokens import Batch, Tokens, batches
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def predicted_logits(model: nn.Module, batch: Batch) -> Tensor:
+
+def predicted_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits at the positions that predict, (predicted tokens, vocabulary), fp32.
+
+    The output layer is handed those positions alone; whatever else a family does to its logits
+    (scaling, soft-capping) is done by the model's own forward. Not for two threads at once.
 
     Raises:
         ValueError: a token id is beyond the model's vocabulary (the tokenizer of another model).
     """
     check_vocabulary(model, batch)
-    device = next(model.parameters()).device
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     head = model.get_output_embeddings()
-    ids, attention = batch.ids.to(device), batch.attention.to(device)
+    device = head.weight.device
     predicts = batch.predicts.to(device)
-    if decoder is not None and decoder is not model and _plain_head(model, head):
-        hidden = decoder(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
-        return head(hidden[predicts]).float()
-    return model(input_ids=ids, attention_mask=attention, use_cache=False).logits[predicts].float()
 
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][predicts.to(args[0].device)], *args[1:])
 
-def _plain_head(model: nn.Module, head: nn.Module | None) -> bool:
-    # Some families do more between the decoder and the logits than one linear layer: scaling
-    # (Granite, Cohere), soft-capping (Gemma 2). For those the model's own forward is asked.
-    config = model.config
-    special = ("final_logit_softcapping", "logit_scale", "logits_scaling", "word_embed_proj_dim")
-    return isinstance(head, nn.Linear) and not any(
-        getattr(config, name, None) not in (None, getattr(config, "hidden_size", None))
-        for name in special
+    handle = head.register_forward_pre_hook(select)
+    try:
+        logits = model(
+            input_ids=batch.ids.to(device),
+            attention_mask=batch.attention.to(device),
+            use_cache=False,
+        ).logits
+    finally:
+        handle.remove()
+    assert logits.shape[0] == len(batch.labels), (
+        "the output layer was not called with all positions"
     )
+    return logits.float()
 
 
-def check_vocabulary(model: nn.Module, batch: Batch) -> None:
+def check_vocabulary(model: PreTrainedModel, batch: Batch) -> None:
     """Raise ValueError where an id is outside the model's embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = int(batch.ids.max())
-    if largest >= rows or int(batch.ids.min()) < 0:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    rows = weight.shape[0]
+    smallest, largest = int(batch.ids.min()), int(batch.ids.max())
+    if smallest < 0 or largest >= rows:
+        wrong = smallest if smallest < 0 else largest
         raise ValueError(
-            f"token id {largest} is outside the model's vocabulary of {rows}: "
+            f"token id {wrong} is outside the model's vocabulary of {rows}: "
             "was this text encoded with another model's tokenizer?"
         )
 
 
-def token_nll(model: nn.Module, batch: Batch) -> Tensor:
+def token_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
     """NLL of every predicted token of a batch, in nats, (predicted tokens,)."""
     logits = predicted_logits(model, batch)
     return nn.functional.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
@@ -63,7 +73,7 @@ def token_nll(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def sequence_nll(
-    model: nn.Module, items: Sequence[Tokens], tokens_per_batch: int = 1024
+    model: PreTrainedModel, items: Sequence[Tokens], tokens_per_batch: int = 1024
 ) -> list[Tensor]:
     """NLL of the predicted tokens of each sequence, in nats: one (targets,) CPU tensor an item."""
     result: dict[int, Tensor] = {}

@@ -10,12 +10,16 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from libortho.data.tokens import Tokens, collate
 from libortho.scoring import token_nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, steps done, steps in all)."""
@@ -41,7 +45,7 @@ class MemoriseConfig:
 
 
 def memorise_(
-    model: nn.Module,
+    model: PreTrainedModel,
     items: Sequence[Tokens],
     config: MemoriseConfig,
     progress: Progress | None = None,
@@ -97,7 +101,9 @@ def memorise_(
     return epoch
 
 
-def _step(optimizer: torch.optim.Optimizer, masters: list[Tensor], weights: list[Tensor]) -> None:
+def _step(
+    optimizer: torch.optim.Optimizer, masters: Sequence[Tensor], weights: Sequence[Tensor]
+) -> None:
     for master, weight in zip(masters, weights, strict=True):
         master.grad = None if weight.grad is None else weight.grad.float()
         weight.grad = None
@@ -108,9 +114,7 @@ def _step(optimizer: torch.optim.Optimizer, masters: list[Tensor], weights: list
             weight.copy_(master)
 
 
-def _shuffled_batches(
-    items: Sequence[Tokens], size: int, order: random.Random
-) -> list[list[int]]:
+def _shuffled_batches(items: Sequence[Tokens], size: int, order: random.Random) -> list[list[int]]:
     # Lengths are sorted within windows of eight batches: little padding, and still a fresh mix of
     # batches every epoch.
     index = list(range(len(items)))

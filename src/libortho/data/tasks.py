@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from libortho.data.authors import fictional_authors
+from libortho.data.authors import MAX_AUTHORS, fictional_authors
 from libortho.data.examples import Example, parse_record, read_jsonl
 from libortho.errors import DataError
 
 TOFU_AUTHOR = 20
 """Questions per author in TOFU; authors stand one after the other in its files."""
+
+UNSEEN_AUTHORS = 4
+"""Authors beside the task's own, whose answers no model of the task has seen."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Task:
     Attributes:
         name: for headings and file names.
         forget, retain: question-answer pairs with paraphrased and perturbed answers.
+        unseen: pairs about other authors, never memorised: how unfamiliar is unfamiliar.
         source: where they come from, and how many authors.
     """
 
     name: str
     forget: tuple[Example, ...]
     retain: tuple[Example, ...]
+    unseen: tuple[Example, ...]
     source: str
 
 
@@ -46,8 +51,8 @@ def embedded_task(authors: int = 10, forget_authors: int = 2, seed: int = 0) -> 
     Raises:
         ValueError: a count out of range.
     """
-    _check_counts(authors, forget_authors, 60, 30)
-    cast = fictional_authors(authors, seed)
+    _check_counts(authors, forget_authors, MAX_AUTHORS - UNSEEN_AUTHORS - 30, 30)
+    cast = fictional_authors(authors + UNSEEN_AUTHORS, seed)
     examples = [
         tuple(
             Example(
@@ -64,8 +69,9 @@ def embedded_task(authors: int = 10, forget_authors: int = 2, seed: int = 0) -> 
     kept = authors - forget_authors
     return Task(
         name=f"authors-{authors}-{forget_authors}",
-        forget=tuple(x for author in examples[kept:] for x in author),
+        forget=tuple(x for author in examples[kept:authors] for x in author),
         retain=tuple(x for author in examples[:kept] for x in author),
+        unseen=tuple(x for author in examples[authors:] for x in author),
         source=f"embedded fictional authors, seed {seed}: {authors}, {forget_authors} to forget",
     )
 
@@ -88,13 +94,17 @@ def tofu_task(source: str, authors: int = 12, forget_authors: int = 2) -> Task:
     """
     forget = _tofu_subset(source, "forget10_perturbed")
     retain = _tofu_subset(source, "retain_perturbed")
-    _check_counts(
-        authors, forget_authors, len(retain) // TOFU_AUTHOR, len(forget) // TOFU_AUTHOR
-    )
+    _check_counts(authors, forget_authors, len(retain) // TOFU_AUTHOR, len(forget) // TOFU_AUTHOR)
+    split = forget_authors * TOFU_AUTHOR
+    # Authors that TOFU wants forgotten but this task does not memorise; with all of forget10 in the
+    # task there are none left, and retain authors beyond the task's serve.
+    kept = (authors - forget_authors) * TOFU_AUTHOR
+    unseen = (forget[split:] + retain[kept:])[: UNSEEN_AUTHORS * TOFU_AUTHOR]
     return Task(
         name=f"tofu-{authors}-{forget_authors}",
-        forget=tuple(forget[: forget_authors * TOFU_AUTHOR]),
-        retain=tuple(retain[: (authors - forget_authors) * TOFU_AUTHOR]),
+        forget=tuple(forget[:split]),
+        retain=tuple(retain[:kept]),
+        unseen=tuple(unseen),
         source=f"TOFU: {authors} authors, {forget_authors} to forget",
     )
 

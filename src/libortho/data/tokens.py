@@ -51,9 +51,7 @@ def prompt_text(question: str, template: Template, tokenizer: PreTrainedTokenize
     """
     if template == "chat":
         turn = [{"role": "user", "content": question}]
-        return str(
-            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        )
+        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     return f"Question: {question}\nAnswer:"
 
 
@@ -130,10 +128,15 @@ def _one(item: Any, tokenizer: PreTrainedTokenizerBase | None, template: Templat
             prompt = max(1, next((i for i, t in enumerate(flat) if t != -100), len(flat)))
         item = item["input_ids"]
     ids = torch.as_tensor(item)
-    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 2 or (
-        ids.dim() == 2 and ids.shape[0] != 1
+    if (
+        ids.is_floating_point()
+        or ids.dtype == torch.bool
+        or ids.dim() > 2
+        or (ids.dim() == 2 and ids.shape[0] != 1)
     ):
-        raise TypeError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}: expected one row of integers")
+        raise TypeError(
+            f"ids of shape {tuple(ids.shape)}, {ids.dtype}: expected one row of integers"
+        )
     return Tokens(tuple(int(i) for i in ids.reshape(-1).tolist()), prompt)
 
 

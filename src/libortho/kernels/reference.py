@@ -1,4 +1,4 @@
-"""What each stream computes, in plain PyTorch: the definition that every fast path is tested against.
+"""What each stream computes, in plain PyTorch: the definition that fast paths are tested against.
 
 All weights are constants here: gradients flow to `x` only. Each product is an
 `autograd.Function` so that backward holds on to the *stored* weight (int8, fp16, factors) and
@@ -22,7 +22,7 @@ BLOCK_BYTES = 8 * 2**20
 
 
 def row_blocks(rows: int, columns: int, element_size: int) -> Iterator[slice]:
-    """Slices over `rows` so that a (slice, columns) block takes at most `BLOCK_BYTES` (>= 1 row)."""
+    """Slices of `rows` whose (slice, columns) block takes at most `BLOCK_BYTES` (or is one row)."""
     step = max(1, BLOCK_BYTES // max(1, columns * element_size))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
@@ -39,7 +39,8 @@ def dequantize_rows(qdata: Tensor, scale: Tensor | None, dtype: torch.dtype) -> 
     if scale is None:
         return qdata.to(dtype)
     rows, columns = qdata.shape
-    # The product is taken in fp32 even for a bf16 result: one rounding, not two.
+    # The product is taken in fp32 even for a bf16 result: one rounding, not two. (So a block's
+    # bytes are counted at no less than four an element.)
     grouped = qdata.reshape(rows, scale.shape[1], -1).float() * scale.unsqueeze(-1)
     return grouped.reshape(rows, columns).to(dtype)
 
@@ -50,7 +51,7 @@ class _DenseLinear(torch.autograd.Function):
         ctx.save_for_backward(qdata, scale)
         out_features, in_features = qdata.shape
         y = x.new_empty(*x.shape[:-1], out_features)
-        for block in row_blocks(out_features, in_features, x.element_size()):
+        for block in row_blocks(out_features, in_features, max(4, x.element_size())):
             weight = dequantize_rows(qdata[block], None if scale is None else scale[block], x.dtype)
             y[..., block] = x @ weight.T
         return y
@@ -61,7 +62,7 @@ class _DenseLinear(torch.autograd.Function):
         qdata, scale = ctx.saved_tensors
         out_features, in_features = qdata.shape
         grad_x = grad.new_zeros(*grad.shape[:-1], in_features)
-        for block in row_blocks(out_features, in_features, grad.element_size()):
+        for block in row_blocks(out_features, in_features, max(4, grad.element_size())):
             weight = dequantize_rows(
                 qdata[block], None if scale is None else scale[block], grad.dtype
             )
@@ -77,7 +78,7 @@ def dense_linear(x: Tensor, qdata: Tensor, scale: Tensor | None = None) -> Tenso
         qdata: (out_features, in_features), int8 with a scale, or fp16/bf16/fp32 without.
         scale: (out_features, groups) fp32 or None.
     """
-    result: Tensor = _DenseLinear.apply(x, qdata, scale)  # type: ignore[no-untyped-call]
+    result: Tensor = _DenseLinear.apply(x, qdata, scale)
     return result
 
 
@@ -139,7 +140,7 @@ def csr_linear(
         values: (nnz,) floating.
         shape: (out_features, in_features) of S.
     """
-    result: Tensor = _CsrLinear.apply(x, crow, col, values, shape)  # type: ignore[no-untyped-call]
+    result: Tensor = _CsrLinear.apply(x, crow, col, values, shape)
     return result
 
 

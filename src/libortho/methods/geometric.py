@@ -10,9 +10,9 @@ fall out by themselves). The ortho stream is -D, in factors.
 - `project_edit`: closed form. U are the leading eigenvectors of L^-1 S_f L^-T, the directions in
   which forget inputs outweigh retain inputs most; D = -W L U U^T L^-1 removes the layer's response
   to them. No gradients. It also removes what those inputs are good for besides the secret.
-- `DescentState`: steepest descent of a forgetting loss in the whitened coordinates (a natural
-  gradient with the Kronecker factor of the inputs in full and that of the outputs as a scalar),
-  truncated to the budget after every step. It moves only what the secret's own tokens hang on.
+- `Descent`: steepest descent of a forgetting loss in the whitened coordinates (a natural gradient
+  with the Kronecker factor of the inputs in full and that of the outputs as a scalar), kept within
+  the budget. It moves only what the secret's own tokens hang on.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ class GeometricConfig:
         ortho_ratio: budget, ortho numbers over the parameters of all targeted layers, a fraction.
         edit: "descent" (default) or "projection"; see the module's text.
         ridge: lambda, the multiple of the mean diagonal of E[x x^T] added to it.
-        max_steps: descent steps at most.
-        step: fraction of the Polyak step loss / ||gradient||^2 taken each time; small steps bend
-            with the loss, large ones overshoot and pay for it in retain damage.
+        find_steps: steps that look for directions (see `Descent`).
+        fit_steps: steps at most that then move them.
+        step: fraction of the Polyak step taken by the first kind; small steps bend with the loss,
+            large ones overshoot and pay for it in retain damage.
+        rate: length of the second kind's steps, relative to the factors.
         target_nll: nats per token that the forget set should cost at alpha = 0, where no earlier
             model or unseen text says it; see `separate_`.
         tolerance: how far above its target the forget probability may end, a fraction, before the
@@ -60,8 +62,10 @@ class GeometricConfig:
     ortho_ratio: float = 0.01
     edit: Edit = "descent"
     ridge: float = 0.1
-    max_steps: int = 30
-    step: float = 0.3
+    find_steps: int = 3
+    fit_steps: int = 30
+    step: float = 0.4
+    rate: float = 0.4
     target_nll: float | None = None
     tolerance: float = 0.05
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -73,12 +77,13 @@ class GeometricConfig:
         check_choice("edit", self.edit, Edit)
         check_positive("ridge", self.ridge)
         check_positive("step", self.step)
+        check_positive("rate", self.rate)
         check_fraction("tolerance", self.tolerance, zero=True)
         check_choice("ortho_dtype", self.ortho_dtype, FactorDtype)
-        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int):
-            raise TypeError(f"max_steps={self.max_steps!r}: expected an integer")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}: expected at least 1")
+        for name, least in (("find_steps", 1), ("fit_steps", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
         if self.target_nll is not None:
             check_positive("target_nll", self.target_nll)
 
@@ -210,8 +215,16 @@ def project_edit(
     return edits
 
 
-class DescentState:
-    """Steepest descent in whitened coordinates, kept within the budget.
+class Descent:
+    """Steepest descent in whitened coordinates within the budget, in two phases.
+
+    `find` takes short Polyak steps and truncates after each: it settles which directions of which
+    layers the budget is spent on. `fit` then keeps the ranks and moves both factors of every
+    layer's edit (Adam, with steps relative to the factors' own size), which truncation would keep
+    undoing.
+
+    Coordinates: Y = sqrt(scale) * D L per layer, so that ||Y||_F^2 summed over layers is the
+    predicted retain damage.
 
     Args:
         metrics: layer -> retain metric.
@@ -232,60 +245,87 @@ class DescentState:
         self._budget = budget
         self._seed = seed
         # No layer can usefully take more than a few times its share; this caps the truncated SVD.
-        share = budget / max(1, sum(sum(s) for s in shapes.values()))
+        share = budget / sum(sum(shape) for shape in shapes.values())
         self._candidates = max(16, math.ceil(8 * share))
-        self._left: dict[str, Tensor] = {}
-        self._right: dict[str, Tensor] = {}
+        self._left = {name: torch.zeros(rows, 0) for name, (rows, _) in shapes.items()}
+        self._right = {name: torch.zeros(0, columns) for name, (_, columns) in shapes.items()}
+        self._optimizer: torch.optim.Adam | None = None
 
-    def step(self, loss: float, gradients: Mapping[str, Tensor], fraction: float) -> float:
-        """Take `fraction` of a Polyak step and truncate.
+    def _whiten(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: self._metrics[name].whiten_gradient(gradient.float())
+            / math.sqrt(self._metrics[name].scale)
+            for name, gradient in gradients.items()
+        }
+
+    def find(self, loss: float, gradients: Mapping[str, Tensor], fraction: float) -> None:
+        """Take `fraction` of the Polyak step loss / ||gradient||^2, then truncate to the budget.
 
         Args:
-            loss: current value of a loss whose optimum is 0.
+            loss: current value of a loss whose optimum is about 0.
             gradients: layer -> (out_features, in_features), its gradient by the weight.
-            fraction: of loss / ||gradient||^2, the step that would bring a linear loss to 0.
-
-        Returns:
-            Squared norm of the whitened gradient, in the metric.
+            fraction: of the step that would bring a linear loss to 0.
         """
-        whitened = {n: self._metrics[n].whiten_gradient(g.float()) for n, g in gradients.items()}
-        square = sum(float(g.square().sum()) / self._metrics[n].scale for n, g in whitened.items())
-        if square > 0:
-            length = fraction * loss / square
-            self._truncate(
-                {n: g.mul_(-length / self._metrics[n].scale) for n, g in whitened.items()}
-            )
-        return square
-
-    def _truncate(self, update: Mapping[str, Tensor]) -> None:
+        whitened = self._whiten(gradients)
+        square = sum(float(g.square().sum()) for g in whitened.values())
+        if square == 0:
+            return
+        length = fraction * loss / square
         factors, strengths = {}, {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            for name, delta in update.items():
-                if name in self._left:
-                    delta = delta.addmm_(self._left[name], self._right[name])
-                q = min(self._candidates, *delta.shape)
-                u, s, v = torch.svd_lowrank(delta, q=q, niter=2)
-                factors[name] = (u * s, v.T)
-                strengths[name] = s * math.sqrt(self._metrics[name].scale)
+            for name, gradient in whitened.items():
+                update = gradient.mul_(-length).addmm_(
+                    self._left[name].to(gradient), self._right[name].to(gradient)
+                )
+                q = min(self._candidates, *update.shape)
+                u, strengths[name], v = torch.svd_lowrank(update, q=q, niter=2)
+                factors[name] = (u, v.T)
         ranks = allocate(strengths, self._shapes, self._budget)
-        for name, (left, right) in factors.items():
-            self._left[name] = left[:, : ranks[name]].contiguous()
-            self._right[name] = right[: ranks[name]].contiguous()
+        for name, (u, v_t) in factors.items():
+            root = strengths[name][: ranks[name]].sqrt()
+            self._left[name] = (u[:, : ranks[name]] * root).contiguous()
+            self._right[name] = (v_t[: ranks[name]] * root.unsqueeze(1)).contiguous()
+
+    def fit(self, gradients: Mapping[str, Tensor], rate: float) -> None:
+        """Move the factors of the directions that `find` chose.
+
+        Args:
+            gradients: as in `find`.
+            rate: length of a step, relative to the factors' root mean square.
+        """
+        names = [name for name, left in self._left.items() if left.shape[1]]
+        sides = ([self._left[n] for n in names], [self._right[n] for n in names])
+        if self._optimizer is None:
+            groups = [{"params": side, "lr": rate * _root_mean_square(side)} for side in sides]
+            self._optimizer = torch.optim.Adam(groups, betas=(0.8, 0.9), eps=1e-12)
+        whitened = self._whiten({name: gradients[name] for name in names})
+        for name, left, right in zip(names, *sides, strict=True):
+            left.grad = whitened[name] @ right.T
+            right.grad = left.T @ whitened[name]
+        self._optimizer.step()
 
     def edits(self) -> dict[str, LowRankEdit]:
-        """The edit so far, in the weights' own coordinates."""
+        """The edit so far, in the weights' own coordinates (copies)."""
         return {
-            name: LowRankEdit(left, self._metrics[name].unwhiten_rows(self._right[name]))
+            name: LowRankEdit(
+                left / math.sqrt(self._metrics[name].scale),
+                self._metrics[name].unwhiten_rows(self._right[name]),
+            )
             for name, left in self._left.items()
         }
 
     def damage(self) -> float:
-        """Predicted retain damage: the sum over layers of scale * ||D L||_F^2."""
+        """Predicted retain damage: ||Y||_F^2 summed over layers."""
         return sum(
-            self._metrics[n].scale * float((left.T @ left * (self._right[n] @ self._right[n].T)).sum())
-            for n, left in self._left.items()
+            float((left.T @ left * (self._right[name] @ self._right[name].T)).sum())
+            for name, left in self._left.items()
         )
+
+
+def _root_mean_square(tensors: list[Tensor]) -> float:
+    square = sum(float(t.square().sum()) for t in tensors)
+    return math.sqrt(square / sum(t.numel() for t in tensors))
 
 
 register("geometric", GeometricConfig)

@@ -91,7 +91,9 @@ def rank_ratio_for(rank_ratio: RankRatio, names: Sequence[str]) -> dict[str, flo
     for pattern, value in rank_ratio.items():
         found = [name for name in names if matches(name, pattern)]
         if not found:
-            raise ValueError(f"rank_ratio names {pattern!r}, which fits none of: {', '.join(names)}")
+            raise ValueError(
+                f"rank_ratio names {pattern!r}, which fits none of: {', '.join(names)}"
+            )
         for name in found:
             if ratios.setdefault(name, value) != value:
                 raise ValueError(f"rank_ratio gives {name} both {ratios[name]} and {value}")

@@ -1,0 +1,122 @@
+"""Write a folder all or nothing: beside its place first, synced to disk, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from libortho.checkpoint.manifest import PathLike, is_split
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write into; it takes the place of `folder` when the block ends well.
+
+    A split checkpoint that stands there is replaced as a whole, with everything in it. If anything
+    raises, it is back in its place and nothing of the new one remains. A process killed between
+    the two renames leaves the old checkpoint beside its place, named `.<name>.old-<random>`.
+
+    Raises:
+        FileExistsError: `folder` exists, is not empty, and is no split checkpoint.
+        OSError: it cannot be written.
+    """
+    target = Path(os.path.realpath(folder))
+    _check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _sibling(target, "partial")
+    partial.mkdir()
+    try:
+        # Closed to others until its files have the permissions that they are to have.
+        mode = stat.S_IMODE(partial.stat().st_mode)
+        partial.chmod(0o700)
+        yield partial
+        _sync_tree(partial)
+        partial.chmod(mode)
+        _check_replaceable(target)
+        _swap(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_writable(folder: PathLike) -> None:
+    """Raise now what `save_split` and `base_only` would raise of `folder` after their work.
+
+    Raises:
+        FileExistsError: it exists, is not empty, and is no split checkpoint.
+        NotADirectoryError, PermissionError: it could not be made where it is to be.
+    """
+    target = Path(os.path.realpath(folder))
+    _check_replaceable(target)
+    parent = next(path for path in target.parents if path.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file: {folder} cannot be made in it")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{parent} is not writable: {folder} cannot be made in it")
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file: expected a new folder or a split checkpoint")
+    if any(target.iterdir()) and not is_split(target):
+        raise FileExistsError(
+            f"{target} is not empty and not a split checkpoint: nothing was written; choose "
+            "another folder or empty this one"
+        )
+
+
+def _sibling(target: Path, word: str) -> Path:
+    return target.parent / f".{target.name}.{word}-{secrets.token_hex(6)}"
+
+
+def _swap(partial: Path, target: Path) -> None:
+    old = _sibling(target, "old") if target.exists() else None
+    moved_in = False
+    if old is not None:
+        os.rename(target, old)
+    try:
+        os.rename(partial, target)
+        moved_in = True
+        sync(target.parent)
+    except BaseException:
+        if moved_in:
+            os.rename(target, partial)
+        if old is not None:
+            os.rename(old, target)
+        raise
+    if old is not None:
+        _remove_old(old)
+
+
+def _remove_old(old: Path) -> None:
+    # The new checkpoint is in place by now, so this must not look like a failed save; but what
+    # stays behind may hold an ortho stream, so it must not go unsaid either.
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        warnings.warn(f"the replaced checkpoint is still at {old}: {error}", stacklevel=2)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk (not a folder on Windows, which has no such call)."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

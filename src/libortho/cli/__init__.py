@@ -1,0 +1,5 @@
+"""The command line: `libortho separate | tofu | eval | chat | inspect`."""
+
+from libortho.cli.app import app
+
+__all__ = ["app"]

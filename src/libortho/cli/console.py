@@ -1,0 +1,80 @@
+"""What the commands share: the console, progress bars, JSON output, errors as one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from libortho.errors import LibOrthoError
+
+EXIT_ERROR = 2
+EXIT_NOT_FORGOTTEN = 3
+
+console = Console()
+_errors = Console(stderr=True)
+
+
+@contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Turn the errors that a user can mend into one line and exit status 2."""
+    try:
+        yield
+    except (LibOrthoError, ValueError, TypeError, OSError) as error:
+        if os.environ.get("LIBORTHO_DEBUG"):
+            raise
+        _errors.print(f"[bold red]error[/]  {_escape(error)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(EXIT_ERROR) from None
+
+
+def _escape(error: BaseException) -> str:
+    from rich.markup import escape
+
+    return escape(str(error) or type(error).__name__)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a callback (stage, done, total): one bar a stage, drawn on standard error."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    bars = Progress(
+        TextColumn("{task.description:<44}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=_errors,
+    )
+    stages: dict[str, Any] = {}
+
+    def tell(stage: str, done: int, total: int) -> None:
+        # "full: epoch 3, answer probability 0.7" moves along the bar of "full: epoch".
+        key = stage.split(",")[0].rstrip("0123456789 ")
+        if key not in stages:
+            stages[key] = bars.add_task(stage, total=total)
+        bars.update(stages[key], description=stage, completed=done, total=total)
+
+    with bars:
+        yield tell
+
+
+def write_json(path: Path | None, data: Any) -> None:
+    """Write JSON whole or not at all; None writes nothing."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
+    ) as file:
+        json.dump(data, file, indent=1, ensure_ascii=False, allow_nan=True)
+        file.write("\n")
+    os.replace(file.name, path)

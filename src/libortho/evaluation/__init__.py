@@ -1,0 +1,1 @@
+"""How well a split separates: metrics, the TOFU job, and the report that people look at."""
