@@ -126,8 +126,13 @@ def _one(item: Any, tokenizer: PreTrainedTokenizerBase | None, template: Templat
         if labels is not None:
             flat = torch.as_tensor(labels).reshape(-1).tolist()
             prompt = max(1, next((i for i, t in enumerate(flat) if t != -100), len(flat)))
+        if "input_ids" not in item:
+            raise TypeError(f"a mapping without 'input_ids'; its keys: {', '.join(map(str, item))}")
         item = item["input_ids"]
-    ids = torch.as_tensor(item)
+    try:
+        ids = torch.as_tensor(item)
+    except RuntimeError:
+        raise TypeError(f"a {type(item).__name__}: expected text or token ids") from None
     if (
         ids.is_floating_point()
         or ids.dtype == torch.bool
