@@ -110,9 +110,7 @@ def _add(moments: dict[str, Moments], name: str, x: Tensor, body: Tensor, first:
     rows = x[counted].float()
     if not unweighted:
         rows = rows * body[counted].sqrt().unsqueeze(-1)
-    # bf16 numbers multiply exactly in bf16 units that add up in fp32, at twice the speed of fp32;
-    # weighted rows are no bf16 numbers any more.
-    with _matmul_precision("medium" if x.dtype == torch.bfloat16 and unweighted else "highest"):
+    with matmul_precision(x if unweighted else rows):
         m.body.addmm_(rows.T, rows)
     m.tokens += float(body.sum())
     starts = x[:, 0][first > 0].float()
@@ -133,9 +131,14 @@ def _position_weights(batch: Batch, weights: Sequence[Tensor] | None) -> tuple[T
 
 
 @contextmanager
-def _matmul_precision(level: str) -> Iterator[None]:
+def matmul_precision(*factors: Tensor) -> Iterator[None]:
+    """Multiply fp32 copies of `factors` in bf16 units where that loses nothing.
+
+    Numbers that came as bf16 multiply exactly there and add up in fp32, at twice fp32's speed.
+    """
+    exact = all(factor.dtype == torch.bfloat16 for factor in factors)
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(level)
+    torch.set_float32_matmul_precision("medium" if exact else "highest")
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from libortho.calibration import matmul_precision
 from libortho.data.tokens import Tokens, batches
 from libortho.methods.geometric import LowRankEdit
 from libortho.scoring import predicted_logits
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 
 TOP = 256
 """Entries kept of a target distribution; its tail is dropped and the rest renormalised."""
+
+
+PRESSURE = 0.2
+MARGIN = 2.0
+"""KL alone cares little whether the secret's token has probability 0.2 or 0.02 among candidates that
+fit badly, which is all the difference to who asks for it. A constant push on its log-odds, down to
+MARGIN nats below the target, does; the search stops long before, at the level that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,8 @@ class Feedback:
     """How a model with an edit does on the forget set.
 
     Attributes:
-        loss: mean over tokens of KL(target || model), nats.
+        loss: mean over tokens of KL(target || model) + PRESSURE * (log-odds of the secret's token
+            above its target - MARGIN)+, nats.
         probability: mean over sequences of the probability per token.
         nll: mean over all tokens, nats.
         gradients: layer -> (out_features, in_features) fp32, of `loss` by the weight.
@@ -163,8 +172,6 @@ def feedback(
     items: Sequence[Tokens],
     targets: Sequence[Target],
     edits: Mapping[str, LowRankEdit],
-    pressure: float = 0.2,
-    margin: float = 2.0,
 ) -> Feedback:
     """Loss, level and gradients with `edits` added to the weights of `layers`.
 
@@ -180,8 +187,8 @@ def feedback(
             wanted = torch.cat([targets[i].probabilities for i in batch.index]).to(log_p.device)
             picked = log_p.gather(1, tokens)
             entropy = torch.special.xlogy(wanted, wanted).sum()
-            excess = _log_odds(picked[:, 0]) - _log_odds(wanted[:, 0].log()) + margin
-            loss = (entropy - (wanted * picked).sum() + pressure * excess.relu().sum()) / total
+            excess = _log_odds(picked[:, 0]) - _log_odds(wanted[:, 0].log()) + MARGIN
+            loss = (entropy - (wanted * picked).sum() + PRESSURE * excess.relu().sum()) / total
             loss.backward()
             loss_sum += float(loss.detach())
             own = -picked.detach()[:, 0]
@@ -226,7 +233,8 @@ def edited_layers(
     gradients: dict[str, Tensor] = {}
 
     def collect(name: str, grad: Tensor, x: Tensor) -> None:
-        flat = grad.reshape(-1, grad.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
+        with matmul_precision(grad, x):
+            flat = grad.reshape(-1, grad.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
         gradients[name] = gradients[name] + flat if name in gradients else flat
 
     with _hooked(model, layers, edits, collect):

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -134,13 +134,26 @@ def separate_(
     forget_items = work.tokens(forget, "forget", tokenizer)
     retain_items = work.tokens(retain, "retain", tokenizer)
     unseen_items = None if unseen is None else work.tokens(unseen, "unseen", tokenizer)
-    if isinstance(config.method, SpectralConfig):
-        work.split_each(config.method)
-    else:
-        general = work.general(tokenizer)
-        goal = work.goal(forget_items, retain_items, before, unseen_items, config.method)
-        work.split_together(config.method, goal, forget_items, retain_items, general)
-    return work.finish(forget_items, retain_items)
+    with _evaluating(model), nullcontext() if before is None else _evaluating(before):
+        if isinstance(config.method, SpectralConfig):
+            work.split_each(config.method)
+        else:
+            general = work.general(tokenizer)
+            goal = work.goal(forget_items, retain_items, before, unseen_items, config.method)
+            work.split_together(config.method, goal, forget_items, retain_items, general)
+        return work.finish(forget_items, retain_items)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout within the block; afterwards every module is in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -394,7 +407,7 @@ class _Work:
 
     def _add(self, name: str, method: str, split: Split, seconds: float) -> None:
         weight, bias = self.weights[name], self.biases[name]
-        report = measure_layer(name, method, weight, split, seconds=seconds)
+        report = measure_layer(name, method, weight, split, seconds=seconds, note=split.note)
         self.new_layers[name] = OrthoLinear.from_streams(split.base, split.ortho, bias, report)
 
     def finish(self, forget: list[Tokens], retain: list[Tokens]) -> SeparationReport:

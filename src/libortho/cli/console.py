@@ -43,7 +43,10 @@ def _escape(error: BaseException) -> str:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a callback (stage, done, total): one bar a stage, drawn on standard error."""
+    """Yields a callback (stage, done, total), drawn on standard error.
+
+    One bar a stage on a terminal; elsewhere (a log file, CI) one line when a stage begins.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -53,6 +56,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=_errors,
+        disable=not _errors.is_terminal,
     )
     stages: dict[str, Any] = {}
 
@@ -60,6 +64,10 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         # "full: epoch 3, answer probability 0.7" moves along the bar of "full: epoch".
         key = stage.split(",")[0].rstrip("0123456789 ")
         if key not in stages:
+            if not _errors.is_terminal:
+                _errors.print(f"{key} ...", highlight=False, markup=False)
+            for task in stages.values():
+                bars.stop_task(task)
             stages[key] = bars.add_task(stage, total=total)
         bars.update(stages[key], description=stage, completed=done, total=total)
 

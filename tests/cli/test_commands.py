@@ -1,0 +1,150 @@
+"""The commands, from the outside: exit status, files, and what the user is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from libortho.cli import app
+
+QUESTIONS = [
+    ("who wrote the red house ?", "she is in the garden"),
+    ("where is it ?", "it is in a red house"),
+    ("who is he ?", "he is the red house"),
+    ("where is the garden ?", "in the house"),
+]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def write_jsonl(path: Path, pairs) -> Path:
+    lines = [json.dumps({"question": q, "answer": a}) for q, a in pairs]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_llama, tokenizer) -> Path:
+    """A model folder, and beside it forget.jsonl and retain.jsonl."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "forget.jsonl", QUESTIONS[:2])
+    write_jsonl(tmp_path / "retain.jsonl", QUESTIONS[2:])
+    return tmp_path
+
+
+def separate(folder: Path, *more: object):
+    return run(
+        "separate", folder / "model", "--forget", folder / "forget.jsonl",
+        "--retain", folder / "retain.jsonl", "--out", folder / "split", "--ortho-ratio", 0.2, *more,
+    )  # fmt: skip
+
+
+def test_separate_eval_inspect_chat(folder: Path) -> None:
+    made = separate(folder, "--json", folder / "report.json")
+    assert made.exit_code == 0, made.output
+    report = json.loads((folder / "report.json").read_text())
+    assert report["reached"]
+    assert report["totals"]["density"] <= 0.2
+    assert (folder / "split" / "ortho.safetensors").is_file()
+
+    evaluated = run(
+        "eval", folder / "split", "--text", folder / "forget.jsonl", "--alpha", "0,0.5,1",
+        "--json", folder / "eval.json",
+    )  # fmt: skip
+    assert evaluated.exit_code == 0, evaluated.output
+    result = json.loads((folder / "eval.json").read_text())
+    assert set(result["perplexity"]) == {"0.0", "0.5", "1.0"}
+    assert result["perplexity"]["0.0"] == pytest.approx(report["forget_ppl"]["0.0"], rel=0.02)
+    assert result["perplexity"]["1.0"] == pytest.approx(report["forget_ppl"]["1.0"], rel=0.02)
+
+    seen = run("inspect", folder / "split", "--json", folder / "inspect.json")
+    assert seen.exit_code == 0, seen.output
+    assert "ortho stream: present" in seen.output
+    inspected = json.loads((folder / "inspect.json").read_text())
+    assert [x["name"] for x in inspected["layers"]] == [x["name"] for x in report["layers"]]
+
+    said = run(
+        "chat", folder / "split", "--prompt", "where is it ?", "--compare", "--max-new-tokens", 4,
+        "--json", folder / "chat.json",
+    )  # fmt: skip
+    assert said.exit_code == 0, said.output
+    (turn,) = json.loads((folder / "chat.json").read_text())["turns"]
+    assert set(turn["answers"]) == {"0.0", "1.0"}
+
+
+def test_plain_text_is_evaluated_in_windows(folder: Path) -> None:
+    assert separate(folder).exit_code in (0, 3)
+    text = folder / "plain.txt"
+    text.write_text("she is in the red house . " * 40, encoding="utf-8")
+    made = run("eval", folder / "split", "--text", text, "--json", folder / "e.json")
+    assert made.exit_code == 0, made.output
+    assert json.loads((folder / "e.json").read_text())["tokens"] == 7 * 40
+
+
+def test_base_only_refuses_alpha(folder: Path) -> None:
+    assert separate(folder).exit_code in (0, 3)
+    (folder / "split" / "ortho.safetensors").unlink()
+    text = folder / "forget.jsonl"
+    assert run("eval", folder / "split", "--text", text, "--alpha", "0").exit_code == 0
+    refused = run("eval", folder / "split", "--text", text, "--alpha", "1")
+    assert refused.exit_code == 2
+    assert "no ortho stream" in refused.output
+    assert "absent" in run("inspect", folder / "split").output
+    assert run("chat", folder / "split", "--prompt", "it", "--alpha", 1).exit_code == 2
+
+
+def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
+    # A target far beyond what one direction can do to a model that knows nothing yet.
+    made = separate(folder, "--target-nll", 60, "--ortho-ratio", 0.05)
+    assert made.exit_code == 3, made.output
+    assert "NOT forgotten" in " ".join(made.output.split())
+    assert (folder / "split" / "libortho.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--target", "nothing_proj"], "matches no module"),
+        (["--ortho-ratio", "1.5"], "ortho_ratio=1.5"),
+        (["--method", "magic"], "expected geometric or spectral"),
+        (["--template", "latin"], "expected plain or chat"),
+        (["--unseen", "missing.jsonl"], "no such file"),
+        (["--before", "./missing"], "missing"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_leave_nothing(folder: Path, more, told: str) -> None:
+    made = separate(folder, *more)
+    assert made.exit_code == 2, made.output
+    assert told in " ".join(made.output.split())
+    assert "Traceback" not in made.output
+    assert not (folder / "split").exists()
+
+
+def test_a_corrupt_line_is_named(folder: Path) -> None:
+    with (folder / "forget.jsonl").open("a") as file:
+        file.write('{"question": "who"\n')
+    made = separate(folder)
+    assert made.exit_code == 2
+    assert "forget.jsonl, line 3" in "".join(made.output.split("\n"))
+
+
+def test_a_foreign_folder_is_not_overwritten(folder: Path) -> None:
+    (folder / "split").mkdir()
+    (folder / "split" / "thesis.txt").write_text("mine")
+    made = separate(folder)
+    assert made.exit_code == 2
+    assert (folder / "split" / "thesis.txt").read_text() == "mine"
+
+
+def test_every_command_explains_itself() -> None:
+    for command in ("separate", "tofu", "eval", "chat", "inspect"):
+        shown = run(command, "--help")
+        assert shown.exit_code == 0
+        assert "--json" in shown.output
+        assert "--seed" in shown.output

