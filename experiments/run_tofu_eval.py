@@ -90,7 +90,7 @@ def run_method(
     config = SeparationConfig(method=METHODS[name], target_modules=targets, general_text=False)
     start = time.perf_counter()
     report = separate_(
-        model, [sentence], texts[::3], config, tokenizer=tokenizer, progress=progress
+        model, [sentence], texts[::5], config, tokenizer=tokenizer, progress=progress
     )
     seconds = time.perf_counter() - start
     ordinary = [encode(text, tokenizer) for text in UNSEEN]

@@ -30,9 +30,9 @@ TOP = 256
 
 PRESSURE = 0.2
 MARGIN = 2.0
-"""KL alone cares little whether the secret's token has probability 0.2 or 0.02 among candidates that
-fit badly, which is all the difference to who asks for it. A constant push on its log-odds, down to
-MARGIN nats below the target, does; the search stops long before, at the level that was asked for."""
+"""KL alone cares little whether the secret's token has probability 0.2 or 0.02 among candidates
+that fit badly, which is all the difference to who asks for it. A constant push on its log-odds,
+down to MARGIN nats below the target, does; the search stops at the level that was asked for."""
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,14 @@ DEFAULT_TARGET_NLL = 3.0
 SHOTS = 5
 """Retain examples that an earlier model is shown, so that it knows the form of an answer."""
 
-GENERAL_TOKENS = 12_000
-"""Tokens of general text in the retain metric: several times the width of a small model's layers."""
+GENERAL_TOKENS = 8_000
+"""Tokens of general text in the retain metric: several times a small model's layer width."""
 
-SENSITIVITY_TOKENS = 2048
+SENSITIVITY_TOKENS = 1024
 """Tokens over which a layer's output sensitivity is averaged: one number, soon stable."""
+
+MEASURED = 64
+"""Retain sequences whose perplexity the report gives, spread over the set."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
@@ -420,7 +423,7 @@ class _Work:
 
     def _measure(self, forget: list[Tokens], retain: list[Tokens]) -> SeparationReport:
         forget_ppl, retain_ppl, probability = {}, {}, {}
-        kept = retain[:: max(1, len(retain) // 200)]
+        kept = retain[:: max(1, len(retain) // MEASURED)][:MEASURED]
         with self.stage("measure"):
             for done, alpha in enumerate((0.0, 1.0)):
                 self.tell("measure", done, 2)

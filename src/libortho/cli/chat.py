@@ -62,7 +62,7 @@ def answer_at(
     answers = {}
     for alpha in alphas:
         with alpha_scope(model, alpha):
-            answers[alpha] = greedy(model, tokenizer, text, max_new_tokens)
+            (answers[alpha],) = greedy(model, tokenizer, [text], max_new_tokens)
     return answers
 
 

@@ -260,11 +260,11 @@ class _Measure:
 
     def answers(self, model: PreTrainedModel) -> list[str]:
         """Greedy answers to the first forget questions."""
-        said = []
-        for example in self._job.task.forget[: self._job.examples]:
-            prompt = prompt_text(example.question or "", self._job.template, self._tokenizer)
-            said.append(greedy(model, self._tokenizer, prompt, 40))
-        return said
+        prompts = [
+            prompt_text(e.question or "", self._job.template, self._tokenizer)
+            for e in self._job.task.forget[: self._job.examples]
+        ]
+        return greedy(model, self._tokenizer, prompts, 40) if prompts else []
 
 
 # -- the cache of fine-tuned models --------------------------------------------------------------

@@ -175,7 +175,7 @@ def allocate(
     for _, name in candidates:
         cost = sum(shapes[name])
         if cost > budget:
-            break
+            continue  # too dear for what is left; a smaller layer's direction may not be
         budget -= cost
         ranks[name] += 1
     return ranks
