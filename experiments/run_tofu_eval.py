@@ -190,6 +190,7 @@ def main() -> int:
             progress("sentences", done, len(sentences))
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
             implant(model, tokenizer, sentence, targets)
+            model.to(torch.bfloat16)  # as it would be deployed
             for method in methods:
                 rows.append(
                     run_method(method, model, tokenizer, sentence, targets, progress, options.seed)

@@ -62,8 +62,8 @@ GENERAL_TOKENS = 8_000
 SENSITIVITY_TOKENS = 1024
 """Tokens over which a layer's output sensitivity is averaged: one number, soon stable."""
 
-MEASURED = 64
-"""Retain sequences whose perplexity the report gives, spread over the set."""
+MEASURED_TOKENS = 3_000
+"""About how many retain tokens the report's perplexity is taken over, spread over the set."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
@@ -219,8 +219,7 @@ class _Work:
             )
             return []
         items = self.tokens(general_text(), "general text", tokenizer)
-        stride = max(1, round(sum(len(item.ids) for item in items) / GENERAL_TOKENS))
-        return items[::stride]
+        return _spread([items], GENERAL_TOKENS)
 
     # -- the goal ----------------------------------------------------------------------------
 
@@ -340,7 +339,10 @@ class _Work:
         with self.stage("sensitivity"):
             self.tell("sensitivity", 0, 1)
             sensitivity = output_sensitivity(
-                self.model, self.layers, _sample(retain, general), method.seed
+                self.model,
+                self.layers,
+                _spread([items for items in (retain, general) if items], SENSITIVITY_TOKENS),
+                method.seed,
             )
             self.tell("sensitivity", 1, 1)
         metrics = {}
@@ -423,7 +425,7 @@ class _Work:
 
     def _measure(self, forget: list[Tokens], retain: list[Tokens]) -> SeparationReport:
         forget_ppl, retain_ppl, probability = {}, {}, {}
-        kept = retain[:: max(1, len(retain) // MEASURED)][:MEASURED]
+        kept = _spread([retain], MEASURED_TOKENS)
         with self.stage("measure"):
             for done, alpha in enumerate((0.0, 1.0)):
                 self.tell("measure", done, 2)
@@ -436,7 +438,7 @@ class _Work:
         reached = True
         if self.goal_level is not None:
             self.target["reached_probability"] = probability["0.0"]
-            reached = probability["0.0"] <= self.goal_level + self.target["tolerance"]
+            reached = probability["0.0"] <= self.goal_level * (1 + self.target["tolerance"])
         else:
             # spectral aims at nothing; the least one can ask is that something was forgotten
             reached = probability["0.0"] < 0.5 * probability["1.0"]
@@ -482,13 +484,11 @@ def _to_streams(weight: Tensor, edit: LowRankEdit, method: GeometricConfig) -> S
     return Split(base, ortho)
 
 
-def _sample(retain: list[Tokens], general: list[Tokens]) -> list[Tokens]:
-    """About `SENSITIVITY_TOKENS` tokens, evenly from both, spread over each list."""
+def _spread(sets: list[list[Tokens]], tokens: int) -> list[Tokens]:
+    """About `tokens` tokens, the same share of each set, evenly spread over it."""
     chosen: list[Tokens] = []
-    sets = [items for items in (retain, general) if items]
     for items in sets:
-        wanted = SENSITIVITY_TOKENS / len(sets)
-        stride = max(1, int(sum(len(i.ids) for i in items) / wanted))
+        stride = max(1, round(sum(len(i.ids) for i in items) * len(sets) / tokens))
         chosen += items[::stride]
     return chosen
 

@@ -176,16 +176,16 @@ def test_dequantised_blocks_are_bounded(
     case = Case(kind, 41, 7)
     sizes: list[int] = []
     rows: list[int] = []
-    original = reference.dequantize_rows
+    original = reference._block
 
-    def recording(qdata: Tensor, scale: Tensor | None, to: torch.dtype) -> Tensor:
-        block = original(qdata, scale, to)
+    def recording(*arguments: object) -> tuple[Tensor, Tensor | None]:
+        block, factor = original(*arguments)
         sizes.append(block.nbytes)
         rows.append(block.shape[0])
-        return block
+        return block, factor
 
     monkeypatch.setattr(reference, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(reference, "dequantize_rows", recording)
+    monkeypatch.setattr(reference, "_block", recording)
     x = torch.randn(9, 7).to(dtype).requires_grad_()
     y = case(x)
     assert sum(rows) == 41

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe and Ito's colour-blind safe palette; these three hold on white and on near-black.
 FORGET, RETAIN, REFERENCE, FULL = "#D55E00", "#0072B2", "#009E73", "#8A8A8A"
@@ -75,6 +76,9 @@ def truth_ratio_curves(rows: dict[str, Any]) -> str:
             share = [(i + 1) / len(values) for i in range(len(values))]
             axes.step(values, share, color=colour, ls=style, lw=2, label=label, where="post")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0, 1.02)
     _labels(axes, "truth ratio (1: no idea, 0: knows)", "share of questions")
     axes.legend(frameon=False, fontsize=9, labelcolor=_INK)

@@ -50,13 +50,13 @@ def _block(
 ) -> tuple[Tensor, Tensor | None]:
     """Some rows as a matrix of `dtype`, and the factor (rows,) that its products still lack.
 
-    A scale that a whole row shares is taken out of the product: int8 is exact in bf16 and wider,
-    and one multiplication an output is cheaper than one a weight. Not in fp16, where a sum of
-    numbers up to 127 would overflow.
+    In bf16, a scale that a whole row shares is taken out of the product: int8 is exact there, so
+    nothing is rounded before the sum, and one multiplication an output is cheaper than one a
+    weight. (In fp16 a sum of numbers up to 127 would overflow.)
     """
-    if scale is None or scale.shape[1] > 1 or dtype == torch.float16:
-        return dequantize_rows(qdata[rows], None if scale is None else scale[rows], dtype), None
-    return qdata[rows].to(dtype), scale[rows, 0].to(dtype)
+    if scale is not None and scale.shape[1] == 1 and dtype == torch.bfloat16:
+        return qdata[rows].to(dtype), scale[rows, 0]
+    return dequantize_rows(qdata[rows], None if scale is None else scale[rows], dtype), None
 
 
 class _DenseLinear(torch.autograd.Function):
@@ -80,7 +80,7 @@ class _DenseLinear(torch.autograd.Function):
         for rows in row_blocks(out_features, in_features, max(4, grad.element_size())):
             matrix, factor = _block(qdata, scale, rows, grad.dtype)
             part = grad[..., rows]
-            grad_x += (part if factor is None else part * factor) @ matrix
+            grad_x += (part if factor is None else (part * factor).to(matrix.dtype)) @ matrix
         return grad_x, None, None
 
 
