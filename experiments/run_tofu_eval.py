@@ -196,7 +196,10 @@ def main() -> int:
                     run_method(method, model, tokenizer, sentence, targets, progress, options.seed)
                 )
         progress("sentences", len(sentences), len(sentences))
-    show(rows, Console(), by_sentence=options.suite != "methods")
+    console = Console()
+    if not console.is_terminal:  # a log file has no width of its own
+        console = Console(width=170)
+    show(rows, console, by_sentence=options.suite != "methods")
     write_json(options.json, {"rows": rows, "versions": versions()})
     checked = [row for row in rows if row["method"] == DEFAULT]
     passed = sum(all(row["passes"].values()) for row in checked)

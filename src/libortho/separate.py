@@ -23,13 +23,8 @@ from libortho.calibration import second_moments
 from libortho.config import to_dict
 from libortho.data.general import general_text
 from libortho.data.tokens import Template, Tokens, as_tokens, collate
-from libortho.forgetting import (
-    Target,
-    feedback,
-    output_sensitivity,
-    targets_from_earlier_model,
-    targets_from_model_itself,
-)
+from libortho.forgetting import feedback, output_sensitivity
+from libortho.goal import Goal, choose_goal
 from libortho.layer import OrthoLinear
 from libortho.linear import install, is_conv1d, read_linear, select_linear
 from libortho.methods import method_of
@@ -49,12 +44,6 @@ from libortho.scoring import answer_probability, check_vocabulary, perplexity, s
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DEFAULT_TARGET_NLL = 3.0
-"""Nats per token aimed at where nothing says how unfamiliar the forget set should be."""
-
-SHOTS = 5
-"""Retain examples that an earlier model is shown, so that it knows the form of an answer."""
 
 GENERAL_TOKENS = 8_000
 """Tokens of general text in the retain metric: several times a small model's layer width."""
@@ -142,7 +131,17 @@ def separate_(
             work.split_each(config.method)
         else:
             general = work.general(tokenizer)
-            goal = work.goal(forget_items, retain_items, before, unseen_items, config.method)
+            with work.stage("goal"):
+                work.tell("goal", 0, 1)
+                goal = choose_goal(
+                    model,
+                    forget_items,
+                    retain_items,
+                    before=before,
+                    unseen=unseen_items,
+                    target_nll=config.method.target_nll,
+                )
+                work.tell("goal", 1, 1)
             work.split_together(config.method, goal, forget_items, retain_items, general)
         return work.finish(forget_items, retain_items)
 
@@ -157,15 +156,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@dataclass(frozen=True)
-class _Goal:
-    """What the forget set should look like at alpha = 0."""
-
-    targets: list[Target]
-    level: float  # wanted probability per token, mean over sequences
-    source: str
 
 
 class _Work:
@@ -185,7 +175,7 @@ class _Work:
         self.new_layers: dict[str, OrthoLinear] = {}
         self.seconds: dict[str, float] = {}
         self.target: dict[str, Any] = {}
-        self.goal_level: float | None = None
+        self.goal: Goal | None = None
         self.warnings: list[str] = []
 
     @contextmanager
@@ -221,62 +211,6 @@ class _Work:
         items = self.tokens(general_text(), "general text", tokenizer)
         return _spread([items], GENERAL_TOKENS)
 
-    # -- the goal ----------------------------------------------------------------------------
-
-    def goal(
-        self,
-        forget: list[Tokens],
-        retain: list[Tokens],
-        before: PreTrainedModel | None,
-        unseen: list[Tokens] | None,
-        method: GeometricConfig,
-    ) -> _Goal:
-        if method.target_nll is not None and (before is not None or unseen is not None):
-            raise ValueError("target_nll and before/unseen both say how much to forget: give one")
-        with self.stage("goal"):
-            self.tell("goal", 0, 1)
-            level = None
-            if unseen is not None:
-                level = answer_probability(sequence_nll(self.model, unseen))
-            if before is not None:
-                goal = self._goal_from_earlier(before, forget, retain, level)
-            else:
-                source = "probability per token of comparable unseen text"
-                if level is None:
-                    nll = DEFAULT_TARGET_NLL if method.target_nll is None else method.target_nll
-                    level, source = math.exp(-nll), f"{nll:.3g} nats per token"
-                targets = targets_from_model_itself(self.model, forget, level)
-                goal = _Goal(targets, level, source)
-            self.tell("goal", 1, 1)
-        self.goal_level = goal.level
-        self.target = {
-            "aimed_at": goal.source,
-            "probability": goal.level,
-            "tolerance": method.tolerance,
-        }
-        return goal
-
-    def _goal_from_earlier(
-        self,
-        before: PreTrainedModel,
-        forget: list[Tokens],
-        retain: list[Tokens],
-        level: float | None,
-    ) -> _Goal:
-        # Only questions with answers have a form to be shown; plain text is taken as it comes.
-        asked = any(item.prompt > 1 for item in forget)
-        shots = [item for item in retain if asked and item.prompt > 1 and len(item.ids) <= 128]
-        context = shots[:: max(1, len(shots) // SHOTS)][:SHOTS]
-        targets = targets_from_earlier_model(before, forget, context)
-        expected = sum(t.answer_probability for t in targets) / len(targets)
-        source = "what the model said before it memorised"
-        if level is None:
-            return _Goal(targets, expected, source)
-        # Two estimates of the same level, off for different reasons: one model does not know the
-        # content, one content is not known to the model. Their geometric mean is closer to a
-        # retrained model than either (docs/method.md has the numbers).
-        return _Goal(targets, math.sqrt(level * expected), f"{source}, and unseen text")
-
     # -- spectral: every layer for itself ------------------------------------------------------
 
     def split_each(self, method: SpectralConfig) -> None:
@@ -295,11 +229,12 @@ class _Work:
     def split_together(
         self,
         method: GeometricConfig,
-        goal: _Goal,
+        goal: Goal,
         forget: list[Tokens],
         retain: list[Tokens],
         general: list[Tokens],
     ) -> None:
+        self.goal = goal
         shapes = {name: (w.shape[0], w.shape[1]) for name, w in self.weights.items()}
         budget = parameter_budget(shapes, method.ortho_ratio)
         if budget < min(sum(shape) for shape in shapes.values()):
@@ -358,7 +293,7 @@ class _Work:
     def _descend(
         self,
         method: GeometricConfig,
-        goal: _Goal,
+        goal: Goal,
         forget: list[Tokens],
         metrics: dict[str, Metric],
         shapes: dict[str, tuple[int, int]],
@@ -387,7 +322,7 @@ class _Work:
         return best
 
     def _project(
-        self, goal: _Goal, forget: list[Tokens], metrics: dict[str, Metric], budget: int
+        self, goal: Goal, forget: list[Tokens], metrics: dict[str, Metric], budget: int
     ) -> dict[str, LowRankEdit]:
         weights = [torch.ones(item.targets) for item in forget]
         moments = second_moments(self.model, self.layers, forget, weights=weights)
@@ -435,22 +370,25 @@ class _Work:
                     probability[str(alpha)] = answer_probability(known)
                     retain_ppl[str(alpha)] = perplexity(sequence_nll(self.model, kept))
             self.tell("measure", 2, 2)
-        reached = True
-        if self.goal_level is not None:
-            self.target["reached_probability"] = probability["0.0"]
-            reached = probability["0.0"] <= self.goal_level * (1 + self.target["tolerance"])
+        if self.goal is not None and isinstance(self.config.method, GeometricConfig):
+            tolerance = self.config.method.tolerance
+            aimed, wanted = self.goal.source, self.goal.level
+            reached = probability["0.0"] <= wanted * (1 + tolerance)
+            self.target |= {"tolerance": tolerance}
         else:
             # spectral aims at nothing; the least one can ask is that something was forgotten
-            reached = probability["0.0"] < 0.5 * probability["1.0"]
-            self.target = {
-                "aimed_at": "half the probability at alpha 1 (this method has no aim of its own)",
-                "probability": 0.5 * probability["1.0"],
-                "reached_probability": probability["0.0"],
-            }
+            aimed = "half the probability at alpha 1 (this method has no aim of its own)"
+            wanted = 0.5 * probability["1.0"]
+            reached = probability["0.0"] < wanted
+        self.target |= {
+            "aimed_at": aimed,
+            "probability": wanted,
+            "reached_probability": probability["0.0"],
+        }
         if not reached:
             self.warnings.append(
                 f"the forget set is NOT forgotten: probability per token {probability['0.0']:.3f} "
-                f"at alpha 0, aimed at {self.target['probability']:.3f}"
+                f"at alpha 0, aimed at {wanted:.3f}"
             )
         layers: tuple[LayerReport, ...] = tuple(
             layer.report for layer in self.new_layers.values() if layer.report is not None

@@ -1,0 +1,96 @@
+"""How far to forget, and what to say instead: settled before the search begins.
+
+Forgetting more than a model that never knew would tell an attacker what was there, so the goal is
+a level, not a maximum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from libortho.data.tokens import Tokens
+from libortho.forgetting import (
+    Target,
+    targets_from_earlier_model,
+    targets_from_model_itself,
+)
+from libortho.scoring import answer_probability, sequence_nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_TARGET_NLL = 3.0
+"""Nats per token aimed at where nothing says how unfamiliar the forget set should be."""
+
+SHOTS = 5
+"""Retain examples that an earlier model is shown, so that it knows the form of an answer."""
+
+SHOT_TOKENS = 128
+"""Longest example that is shown; longer ones would leave little room for the question."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the forget set should look like at alpha = 0.
+
+    Attributes:
+        targets: wanted distributions, one per forget sequence.
+        level: wanted probability per token, mean over sequences.
+        source: where the level comes from, for the report.
+    """
+
+    targets: list[Target]
+    level: float
+    source: str
+
+
+def choose_goal(
+    model: PreTrainedModel,
+    forget: Sequence[Tokens],
+    retain: Sequence[Tokens],
+    *,
+    before: PreTrainedModel | None = None,
+    unseen: Sequence[Tokens] | None = None,
+    target_nll: float | None = None,
+) -> Goal:
+    """Settle the goal from what the caller has; see `separate_` for the arguments.
+
+    Raises:
+        ValueError: `target_nll` stands beside `before` or `unseen`, which say the same thing.
+    """
+    if target_nll is not None and (before is not None or unseen is not None):
+        raise ValueError("target_nll and before/unseen both say how much to forget: give one")
+    level = None
+    if unseen is not None:
+        level = answer_probability(sequence_nll(model, unseen))
+    if before is not None:
+        return _from_earlier_model(before, forget, retain, level)
+    source = "probability per token of comparable unseen text"
+    if level is None:
+        nll = DEFAULT_TARGET_NLL if target_nll is None else target_nll
+        level, source = math.exp(-nll), f"{nll:.3g} nats per token"
+    return Goal(targets_from_model_itself(model, forget, level), level, source)
+
+
+def _from_earlier_model(
+    before: PreTrainedModel,
+    forget: Sequence[Tokens],
+    retain: Sequence[Tokens],
+    level: float | None,
+) -> Goal:
+    # Only questions with answers have a form to be shown; plain text is taken as it comes.
+    asked = any(item.prompt > 1 for item in forget)
+    shots = [i for i in retain if asked and i.prompt > 1 and len(i.ids) <= SHOT_TOKENS]
+    context = shots[:: max(1, len(shots) // SHOTS)][:SHOTS]
+    targets = targets_from_earlier_model(before, forget, context)
+    expected = sum(t.answer_probability for t in targets) / len(targets)
+    source = "what the model said before it memorised"
+    if level is None:
+        return Goal(targets, expected, source)
+    # Two estimates of the same level, off for different reasons: one model does not know the
+    # content, one content is not known to the model. Their geometric mean is closer to a
+    # retrained model than either (docs/method.md has the numbers).
+    return Goal(targets, math.sqrt(level * expected), f"{source}, and unseen text")
