@@ -30,14 +30,15 @@ class MemoriseConfig:
     """Recipe of the fine-tune.
 
     Attributes:
-        target: mean answer probability over an epoch at which training stops, a fraction.
+        target: mean answer probability over an epoch at which training stops, a fraction. Each
+            answer is scored before its own step, so the model ends above it.
         max_epochs: epochs after which it stops in any case.
         learning_rate: of AdamW (no weight decay), warmed up over the first epoch.
         batch_size: sequences per step.
         seed: of the order of the data.
     """
 
-    target: float = 0.92
+    target: float = 0.88
     max_epochs: int = 14
     learning_rate: float = 2e-4
     batch_size: int = 8

@@ -11,7 +11,7 @@ from rich.table import Table
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """The main job's table, its checks, and one question answered by all."""
     table = Table(title=summary["task"]["source"], title_justify="left")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for name in ("forget prob.", "retain prob.", "forget ppl", "retain ppl", "truth ratio", "KS p"):
         table.add_column(name, justify="right")
     for name, row in summary["rows"].items():
@@ -29,7 +29,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     console.print(table)
     for check in summary["checks"]:
         mark = "[green]holds[/]      " if check["holds"] else "[bold red]falls short[/]"
-        console.print(f"{mark}  {check['bar']}: {check['value']:.4f} ({check['required']})")
+        console.print(
+            f"{mark}  {check['bar']}: {check['value']:.4f} ({check['required']})", soft_wrap=True
+        )
     for warning in summary["separation"]["warnings"]:
         console.print(f"[bold red]warning[/]  {warning}")
     if summary["examples"]:
