@@ -536,3 +536,11 @@ def test_trainable_parameters_stay_trainable_and_clean(memorised) -> None:
     assert m.model.lm_head.weight.requires_grad
     assert all(p.grad is None for p in m.model.parameters())
     assert not any(mod._forward_hooks or mod._forward_pre_hooks for mod in m.model.modules())
+
+
+def test_the_search_lands_on_its_level_instead_of_beyond(memorised) -> None:
+    aimed = math.exp(-3.0)
+    report = separate_(memorised.model, memorised.forget, memorised.retain, config(target_nll=3.0))
+    # The installed base is rounded to INT8 after the search, hence the width of the interval.
+    assert 0.5 * aimed < known(memorised.model, memorised.forget, 0.0) < 1.4 * aimed
+    assert report.reached

@@ -54,6 +54,9 @@ SENSITIVITY_TOKENS = 1024
 MEASURED_TOKENS = 3_000
 """About how many retain tokens the report's perplexity is taken over, spread over the set."""
 
+LANDING_STEPS = 3
+"""Bisections of the last step, which would otherwise forget more than was asked for."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
 
@@ -301,9 +304,10 @@ class _Work:
     ) -> dict[str, LowRankEdit]:
         descent = Descent(metrics, shapes, budget, method.seed)
         steps = method.find_steps + method.fit_steps
-        best, best_probability = descent.edits(), math.inf
+        edits = best = descent.edits()
+        best_probability = math.inf
         for step in range(steps + 1):
-            edits = descent.edits()
+            previous, edits = edits, descent.edits()
             now = feedback(self.model, self.layers, forget, goal.targets, edits)
             if not math.isfinite(now.loss):
                 raise ValueError("the forget set's loss is not finite")
@@ -311,7 +315,10 @@ class _Work:
             self.tell(stage, step, steps)
             if now.probability < best_probability:
                 best, best_probability = edits, now.probability
-            if now.probability <= goal.level or step == steps:
+            if now.probability <= goal.level:
+                best = self._land(goal, forget, previous, edits)
+                break
+            if step == steps:
                 break
             if step < method.find_steps:
                 descent.find(now.loss, now.gradients, method.step)
@@ -319,6 +326,29 @@ class _Work:
                 descent.fit(now.gradients, method.rate)
         self.tell(stage, steps, steps)
         self.target["steps"] = step
+        return best
+
+    def _land(
+        self,
+        goal: Goal,
+        forget: list[Tokens],
+        before: dict[str, LowRankEdit],
+        beyond: dict[str, LowRankEdit],
+    ) -> dict[str, LowRankEdit]:
+        """The least part of the step that crossed the level which still reaches it (bisection)."""
+        if any(before[name].rank != edit.rank for name, edit in beyond.items()):
+            return beyond  # the step chose other directions: there is no way between the two
+        low, high, best = 0.0, 1.0, beyond
+        for done in range(LANDING_STEPS):
+            self.tell("landing", done, LANDING_STEPS)
+            share = (low + high) / 2
+            edits = {name: before[name].toward(edit, share) for name, edit in beyond.items()}
+            now = feedback(self.model, self.layers, forget, goal.targets, edits)
+            if now.probability <= goal.level:
+                high, best = share, edits
+            else:
+                low = share
+        self.tell("landing", LANDING_STEPS, LANDING_STEPS)
         return best
 
     def _project(

@@ -104,6 +104,12 @@ class LowRankEdit:
     def rank(self) -> int:
         return self.left.shape[1]
 
+    def toward(self, other: LowRankEdit, share: float) -> LowRankEdit:
+        """The edit a share (0 to 1) of the way to `other`, factor by factor; equal ranks."""
+        return LowRankEdit(
+            torch.lerp(self.left, other.left, share), torch.lerp(self.right, other.right, share)
+        )
+
 
 @dataclass(frozen=True)
 class Metric:
