@@ -87,10 +87,10 @@ def _from_earlier_model(
     context = shots[:: max(1, len(shots) // SHOTS)][:SHOTS]
     targets = targets_from_earlier_model(before, forget, context)
     expected = sum(t.answer_probability for t in targets) / len(targets)
-    source = "what the model said before it memorised"
+    source = f"what the model said before it memorised ({expected:.3f})"
     if level is None:
         return Goal(targets, expected, source)
     # Two estimates of the same level, off for different reasons: one model does not know the
     # content, one content is not known to the model. Their geometric mean is closer to a
     # retrained model than either (docs/method.md has the numbers).
-    return Goal(targets, math.sqrt(level * expected), f"{source}, and unseen text")
+    return Goal(targets, math.sqrt(level * expected), f"{source}, and unseen text ({level:.3f})")
