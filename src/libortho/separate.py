@@ -54,6 +54,9 @@ SENSITIVITY_TOKENS = 1024
 MEASURED_TOKENS = 3_000
 """About how many retain tokens the report's perplexity is taken over, spread over the set."""
 
+MOST_ABOVE = 0.05
+"""Probability above its target at which the forget set never counts as forgotten."""
+
 LANDING_STEPS = 3
 """Bisections of the last step, which would otherwise forget more than was asked for."""
 
@@ -403,7 +406,7 @@ class _Work:
         if self.goal is not None and isinstance(self.config.method, GeometricConfig):
             tolerance = self.config.method.tolerance
             aimed, wanted = self.goal.source, self.goal.level
-            reached = probability["0.0"] <= wanted * (1 + tolerance)
+            reached = probability["0.0"] <= wanted + min(tolerance * wanted, MOST_ABOVE)
             self.target |= {"tolerance": tolerance}
         else:
             # spectral aims at nothing; the least one can ask is that something was forgotten

@@ -289,7 +289,7 @@ def test_a_gradient_of_zero_moves_nothing() -> None:
         ("ridge", 0.0, ValueError),
         ("ridge", math.inf, ValueError),
         ("step", -1.0, ValueError),
-        ("tolerance", -0.1, ValueError),
+        ("tolerance", 1.5, ValueError),
         ("ortho_dtype", "int8", ValueError),
         ("target_nll", 0.0, ValueError),
         ("target_nll", True, TypeError),

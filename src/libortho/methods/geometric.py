@@ -53,7 +53,7 @@ class GeometricConfig:
         target_nll: nats per token that the forget set should cost at alpha = 0, where no earlier
             model or unseen text says it; see `separate_`.
         tolerance: how far above its target the forget probability may end, as a fraction of the
-            target, before the report calls it not reached.
+            target (and by at most 0.05 in all), before the report calls it not reached.
         base: how the base is stored.
         ortho_dtype: dtype of the factors.
         seed: of the randomised truncation and of sampled labels.
@@ -78,7 +78,7 @@ class GeometricConfig:
         check_positive("ridge", self.ridge)
         check_positive("step", self.step)
         check_positive("rate", self.rate)
-        check_positive("tolerance", self.tolerance, zero=True)
+        check_fraction("tolerance", self.tolerance, zero=True)
         check_choice("ortho_dtype", self.ortho_dtype, FactorDtype)
         for name, least in (("find_steps", 1), ("fit_steps", 0)):
             value = getattr(self, name)
