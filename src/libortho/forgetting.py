@@ -153,8 +153,8 @@ class Feedback:
     """How a model with an edit does on the forget set.
 
     Attributes:
-        loss: mean over tokens of KL(target || model) + PRESSURE * (log-odds of the secret's token
-            above its target - MARGIN)+, nats.
+        loss: mean over tokens of KL(target || model) + PRESSURE * (how far the log-odds of the
+            secret's token are above those of its target less MARGIN, or 0), nats.
         probability: mean over sequences of the probability per token.
         nll: mean over all tokens, nats.
         gradients: layer -> (out_features, in_features) fp32, of `loss` by the weight.
