@@ -1,15 +1,19 @@
 """Fine-tuning until answers are known: how the default job makes a model memorise something.
 
 bf16 activations and weights with fp32 master copies: on a CPU with bf16 units this is about twice
-as fast as fp32, and small updates are not lost to rounding.
+as fast as fp32, and small updates are not lost to rounding. A long fine-tune that is killed goes on
+from its last saved epoch, and ends where an uninterrupted one would.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, steps done, steps in all)."""
+
+SAVE_SECONDS = 60.0
+"""Least time between two saved states: a short fine-tune is repeated sooner than it is written."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ def memorise_(
     items: Sequence[Tokens],
     config: MemoriseConfig,
     progress: Progress | None = None,
+    state: Path | None = None,
 ) -> int:
     """Fine-tune `model` in place on the predicted tokens of `items`.
 
@@ -61,9 +69,12 @@ def memorise_(
         items: sequences to memorise.
         config: the recipe.
         progress: called after every step.
+        state: a file of the caller's for this very model, data and recipe. Where it exists, the
+            fine-tune goes on from it; it is written after an epoch, atomically, no oftener than
+            every `SAVE_SECONDS`. The caller removes it when it has kept the model.
 
     Returns:
-        Epochs run.
+        Epochs run, those before an interruption included.
     """
     order = random.Random(config.seed)
     model.train()
@@ -74,6 +85,12 @@ def memorise_(
     optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, weight_decay=0.0, fused=True)
     steps_per_epoch = math.ceil(len(items) / config.batch_size)
     step, epoch = 0, 0
+    if state is not None and state.is_file():
+        epoch = _load_state(state, optimizer, masters, weights)
+        step = epoch * steps_per_epoch
+        for _ in range(epoch):  # the order of the data is drawn anew, up to where it was
+            _shuffled_batches(items, config.batch_size, order)
+    saved = time.monotonic()
     while epoch < config.max_epochs:
         epoch += 1
         probabilities: list[float] = []
@@ -97,6 +114,9 @@ def memorise_(
                 )
         if sum(probabilities) / len(probabilities) >= config.target:
             break
+        if state is not None and time.monotonic() - saved >= SAVE_SECONDS:
+            _save_state(state, optimizer, masters, epoch)
+            saved = time.monotonic()
     model.eval()
     model.requires_grad_(False)
     return epoch
@@ -113,6 +133,34 @@ def _step(
     with torch.no_grad():
         for master, weight in zip(masters, weights, strict=True):
             weight.copy_(master)
+
+
+def _save_state(
+    path: Path, optimizer: torch.optim.Optimizer, masters: Sequence[Tensor], epoch: int
+) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    held = {"epoch": epoch, "masters": list(masters), "optimizer": optimizer.state_dict()}
+    try:
+        torch.save(held, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _load_state(
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    masters: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> int:
+    held = torch.load(path, weights_only=True)
+    optimizer.load_state_dict(held["optimizer"])
+    with torch.no_grad():
+        for master, weight, value in zip(masters, weights, held["masters"], strict=True):
+            master.copy_(value)
+            weight.copy_(value)
+    return int(held["epoch"])
 
 
 def _shuffled_batches(items: Sequence[Tokens], size: int, order: random.Random) -> list[list[int]]:
