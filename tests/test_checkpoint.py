@@ -136,7 +136,8 @@ def split_layer(module: nn.Module, kind: str, base: BaseConfig, name: str = "") 
         left, right = torch.randn(weight.shape[0], 3), torch.randn(3, weight.shape[1])
         ortho = LowRankOrtho.from_factors(left, right, torch.bfloat16)
         split = Split(quantize(weight - ortho.dense(), base), ortho)
-    report = measure_layer(name, "test", weight, split, note="made for a test")
+    split = dataclasses.replace(split, note="made for a test")
+    report = measure_layer(name, "test", weight, split)
     return OrthoLinear.from_streams(split.base, split.ortho, bias, report)
 
 
