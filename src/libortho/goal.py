@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from libortho.data.tokens import Tokens
 from libortho.forgetting import (
@@ -30,6 +30,17 @@ SHOTS = 5
 
 SHOT_TOKENS = 128
 """Longest example that is shown; longer ones would leave little room for the question."""
+
+
+@runtime_checkable
+class Aiming(Protocol):
+    """The config of a method that searches for a goal: how far to forget, how near is enough."""
+
+    @property
+    def target_nll(self) -> float | None: ...
+
+    @property
+    def tolerance(self) -> float: ...
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class OrthoLinear(nn.Module):
         weight, bias = read_linear(original_layer, "original_layer")
         split = split_spectral(weight, config)
         self._install(split.base, split.ortho, bias)
-        self.report = measure_layer("", "spectral", weight, split, note=split.note)
+        self.report = measure_layer("", "spectral", weight, split)
 
     @classmethod
     def from_streams(
@@ -205,7 +205,7 @@ def replace_linear_layers(
         )
         weight, bias = read_linear(module, name)
         split = split_spectral(weight, config, name)
-        report = measure_layer(name, "spectral", weight, split, note=split.note)
+        report = measure_layer(name, "spectral", weight, split)
         replacements[name] = OrthoLinear.from_streams(split.base, split.ortho, bias, report)
     install(model, replacements)
     return model

@@ -22,11 +22,13 @@ class Split:
         base, ortho: streams of one shape (out_features, in_features).
         note: what a reader of the report should know of this layer ("" for nothing), such as a
             fallback that was taken.
+        seconds: time spent on this layer alone, where it can be told apart.
     """
 
     base: BaseStream
     ortho: OrthoStream
     note: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,7 @@ class LayerReport:
         return self.ortho_numel / self.numel
 
 
-def measure_layer(
-    name: str, method: str, weight: Tensor, split: Split, *, seconds: float = 0.0, note: str = ""
-) -> LayerReport:
+def measure_layer(name: str, method: str, weight: Tensor, split: Split) -> LayerReport:
     """Compare a split with the weight (out_features, in_features) that it was made from."""
     base, ortho = split.base, split.ortho
     dense = ortho.dense()
@@ -97,8 +97,8 @@ def measure_layer(
         rank=ortho.rank if isinstance(ortho, LowRankOrtho) else None,
         base_bytes=base.nbytes,
         ortho_bytes=ortho.nbytes,
-        seconds=seconds,
-        note=note,
+        seconds=split.seconds,
+        note=split.note,
     )
 
 

@@ -1,0 +1,41 @@
+"""Which solver runs which method, on a model.
+
+A method (`libortho.methods`) is mathematics on weights and statistics. Its solver here knows a
+model: it gathers the statistics, runs the method until the goal is reached, and quantises. Both are
+one file of the same name; `SOLVERS` below is the only place where a solver is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from libortho.methods.geometric import GeometricConfig
+from libortho.methods.spectral import SpectralConfig
+from libortho.report import Split
+from libortho.solvers.geometric import solve_geometric
+from libortho.solvers.problem import Problem
+from libortho.solvers.spectral import solve_spectral
+
+MethodConfig = GeometricConfig | SpectralConfig
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How a method is run.
+
+    Attributes:
+        solve: (problem, the method's config) -> module name -> its two streams; `problem` and the
+            model stay as they are.
+        general: it protects general text beside the retain set.
+    """
+
+    solve: Callable[[Problem, Any], dict[str, Split]]
+    general: bool
+
+
+SOLVERS: dict[type, Solver] = {
+    GeometricConfig: Solver(solve_geometric, general=True),
+    SpectralConfig: Solver(solve_spectral, general=False),
+}

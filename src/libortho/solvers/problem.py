@@ -1,0 +1,92 @@
+"""What a solver is given, and where it says how it gets on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from libortho.data.tokens import Tokens
+from libortho.goal import Goal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, steps done, steps in all)."""
+
+
+@dataclass
+class Journal:
+    """How a split gets on: told to the caller meanwhile, kept for the report.
+
+    Attributes:
+        progress: the caller's, or None.
+        seconds: stage -> seconds.
+        warnings: what a reader of the report must not miss.
+        target: what was aimed at and found, for the report.
+    """
+
+    progress: Progress | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    target: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the block's time to stage `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(stage, done, total)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model whose layers are to be split. A solver looks at it and changes nothing.
+
+    Attributes:
+        model: a causal LM, in eval mode.
+        layers: module name -> linear layer that is to be split.
+        weights: module name -> its weight, (out_features, in_features), detached.
+        forget, retain: sequences.
+        general: sequences of general text; empty where the caller has none or the method wants
+            none.
+        goal: how far to forget and what to say instead; None for a method without an aim.
+        journal: where the solver tells of its progress.
+    """
+
+    model: PreTrainedModel
+    layers: dict[str, nn.Module]
+    weights: dict[str, Tensor]
+    forget: list[Tokens]
+    retain: list[Tokens]
+    general: list[Tokens]
+    goal: Goal | None
+    journal: Journal
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (out_features, in_features)."""
+        return {name: (w.shape[0], w.shape[1]) for name, w in self.weights.items()}
+
+    @property
+    def kept(self) -> list[list[Tokens]]:
+        """The sets that are to stay as they are: retain and, where there is one, general."""
+        return [items for items in (self.retain, self.general) if items]
+
+
+def spread(sets: Sequence[list[Tokens]], tokens: int) -> list[Tokens]:
+    """About `tokens` tokens, the same share of each set, evenly spread over it."""
+    chosen: list[Tokens] = []
+    for items in sets:
+        stride = max(1, round(sum(len(i.ids) for i in items) * len(sets) / tokens))
+        chosen += items[::stride]
+    return chosen

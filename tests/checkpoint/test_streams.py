@@ -1,0 +1,92 @@
+"""The streams' tensors: shapes, dtypes and indices that do not fit are errors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from libortho import CheckpointError
+from libortho.checkpoint import load_split
+
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+Change = Callable[[dict[str, torch.Tensor]], Any]
+
+
+def _put(name: str, tensor: torch.Tensor) -> Change:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+def _at(name: str, index: int, value: int) -> Change:
+    return lambda tensors: tensors[name].__setitem__(index, value)
+
+
+def _repeat_column(tensors: dict[str, torch.Tensor]) -> None:
+    crow, col = (tensors[f"{LAYER}.ortho.{part}"] for part in ("crow", "col"))
+    start = int(crow[int((crow.diff() > 1).nonzero()[0])])
+    col[start + 1] = col[start]
+
+
+TENSOR_ERRORS: list[tuple[str, Change, str]] = [
+    ("base", lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
+    ("base", _put("stray", torch.ones(1)), "stray is unexpected"),
+    ("base", _put(f"{LAYER}.ortho.values", torch.ones(1)), "is an ortho tensor"),
+    ("base", _put("lm_head.weight", torch.ones(61, 24).half()), "is F16"),
+    ("base", _put("lm_head.weight", torch.ones(24, 61)), r"\[24, 61\]"),
+    ("base", _put(f"{LAYER}.base.scale", torch.ones(24, 7)), r"scale is F32 \[24, 7\]"),
+    ("ortho", lambda t: t.pop(f"{LAYER}.ortho.col"), "col is missing"),
+    ("ortho", _put("stray", torch.ones(1)), "stray is unexpected"),
+    ("ortho", _put(f"{LAYER}.ortho.crow", torch.zeros(25)), "crow is F32: expected I32"),
+    ("ortho", _put(f"{LAYER}.ortho.crow", torch.zeros(9).int()), r"crow is \[9\]"),
+    ("ortho", _put(f"{LAYER}.ortho.col", torch.zeros(2, 2).int()), r"col is \[2, 2\]"),
+    ("ortho", _put(f"{LAYER}.ortho.values", torch.ones(3)), r"values is \[3\]"),
+    ("ortho", _put(f"{LAYER}.ortho.values", torch.ones(48).int()), "values is I32"),
+    ("ortho", _at(f"{LAYER}.ortho.col", 0, 40), r"holds 40: expected indices in \[0, 40\)"),
+    ("ortho", _at(f"{LAYER}.ortho.col", 0, -1), "holds -1"),
+    ("ortho", _at(f"{LAYER}.ortho.crow", 0, 1), "crow runs from 1"),
+    ("ortho", _at(f"{LAYER}.ortho.crow", -1, 1000), "crow runs from 0 to 1000"),
+    ("ortho", _at(f"{LAYER}.ortho.crow", 5, 2**31 - 1), "not monotone"),
+    ("ortho", _at(f"{LAYER}.ortho.crow", 5, -(2**31)), "not monotone"),
+    ("ortho", _repeat_column, "does not rise within a row"),
+]
+
+
+@pytest.mark.usefixtures("forbid_building")
+@pytest.mark.parametrize(("file", "change", "match"), TENSOR_ERRORS)
+def test_wrong_tensors(rewrite, file: str, change: Change, match: str, copy: Path) -> None:
+    rewrite(copy, file, change)
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load_split(copy)
+    assert f"{file}.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "match"),
+    [
+        ("left", torch.zeros(23, 3), r"left is \[23, 3\]: expected \[24, 3\]"),
+        ("left", torch.zeros(24), r"left is \[24\]"),
+        ("left", torch.zeros(24, 3).int(), "left is I32"),
+        ("right", torch.zeros(2, 40).bfloat16(), r"right is \[2, 40\]: expected \[3, 40\]"),
+        ("right", torch.zeros(3, 40), "right is F32: expected BF16"),
+    ],
+)
+def test_wrong_factors(
+    rewrite, part: str, tensor: torch.Tensor, match: str, saved_low_rank: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved_low_rank, tmp_path / "copy"))
+    rewrite(folder, "ortho", _put(f"{LAYER}.ortho.{part}", tensor))
+    with pytest.raises(CheckpointError, match=match):
+        load_split(folder)
+
+
+def test_a_scale_whose_groups_do_not_divide_the_columns(edit, rewrite, copy: Path) -> None:
+    rewrite(copy, "base", _put(f"{LAYER}.base.scale", torch.ones(24, 7)))
+    edit(copy, lambda m: m["tensors"][f"{LAYER}.base.scale"].update(shape=[24, 7]))
+    with pytest.raises(CheckpointError, match="7 groups, which do not divide 40 columns"):
+        load_split(copy)
