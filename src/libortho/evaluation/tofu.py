@@ -39,7 +39,7 @@ from libortho.data.examples import Example
 from libortho.data.tasks import Task
 from libortho.data.tokens import Template, Tokens, encode, prompt_text
 from libortho.evaluation.generation import greedy
-from libortho.evaluation.metrics import forget_quality, truth_ratios
+from libortho.evaluation.metrics import forget_quality, truth_ratio
 from libortho.report import SeparationReport
 from libortho.scoring import answer_probability, perplexity, sequence_nll
 from libortho.separate import SeparationConfig, separate_
@@ -233,6 +233,33 @@ def _examples(shown: Sequence[Example], answers: dict[str, list[str]]) -> list[d
         }
         for i, example in enumerate(shown)
     ]
+
+
+def truth_ratios(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template = "plain",
+) -> list[float]:
+    """`truth_ratio` of each example, the paraphrased answer being the right one.
+
+    Raises:
+        ValueError: an example has no paraphrased or no perturbed answers.
+    """
+    for example in examples:
+        if not example.perturbed_answers or example.paraphrased_answer is None:
+            raise ValueError(
+                f"{example.question!r} has no paraphrased and perturbed answers: "
+                "the truth ratio is not defined"
+            )
+    answers = [(e.question, e.paraphrased_answer or "", e.perturbed_answers) for e in examples]
+    tokens = [
+        encode(Example(a, question), tokenizer, template)
+        for question, right, wrong in answers
+        for a in (right, *wrong)
+    ]
+    losses = iter([float(nll.mean()) for nll in sequence_nll(model, tokens)])
+    return [truth_ratio(next(losses), [next(losses) for _ in wrong]) for _, _, wrong in answers]
 
 
 class _Measure:
