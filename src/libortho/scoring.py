@@ -7,7 +7,7 @@ most of the cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -110,12 +110,18 @@ def sequence_nll(
 
 @torch.no_grad()
 def token_statistics(
-    model: PreTrainedModel, items: Sequence[Tokens], tokens_per_batch: int = 1024
+    model: PreTrainedModel,
+    items: Sequence[Tokens],
+    tokens_per_batch: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[TokenStatistics]:
     """Everything token-wise that a metric needs, from one forward pass of each sequence.
 
     The softmax is taken in fp32 whatever the model's dtype. `sequence_nll` is cheaper where the
     NLL is all that is wanted.
+
+    Args:
+        progress: told (sequences done, sequences in all) after each batch.
 
     Raises:
         ValueError: a token id is beyond the model's vocabulary.
@@ -133,6 +139,8 @@ def token_statistics(
         parts = torch.cat(chunks, dim=1).cpu().split(batch.counts, dim=1)
         for index, (nll, greedy, mean, variance) in zip(batch.index, parts, strict=True):
             result[index] = TokenStatistics(nll, greedy.bool(), mean, variance)
+        if progress is not None:
+            progress(len(result), len(items))
     return [result[i] for i in range(len(items))]
 
 

@@ -37,7 +37,7 @@ from libortho.alpha import alpha_scope
 from libortho.data.embedded import cache_dir
 from libortho.data.examples import Example
 from libortho.data.tasks import Task
-from libortho.data.tokens import Template, Tokens, encode, prompt_text
+from libortho.data.tokens import Template, Tokens, encode, prompt_ids
 from libortho.evaluation.generation import greedy
 from libortho.evaluation.metrics import forget_quality, truth_ratio
 from libortho.report import SeparationReport
@@ -290,7 +290,7 @@ class _Measure:
     def answers(self, model: PreTrainedModel) -> list[str]:
         """Greedy answers to the first forget questions."""
         prompts = [
-            prompt_text(e.question or "", self._job.template, self._tokenizer)
+            prompt_ids(e.question or "", self._job.template, self._tokenizer)
             for e in self._job.task.forget[: self._job.examples]
         ]
         return greedy(model, self._tokenizer, prompts, 40) if prompts else []
