@@ -15,6 +15,7 @@ from libortho.scoring import (
     predicted_logits,
     sequence_nll,
     token_nll,
+    token_statistics,
 )
 
 LENGTHS = [4, 12, 7, 9]
@@ -63,3 +64,69 @@ def test_perplexity_and_answer_probability() -> None:
 def test_token_outside_the_vocabulary(tiny_llama, ids: tuple[int, ...], named: str) -> None:
     with pytest.raises(ValueError, match=rf"token id {named} .*vocabulary of 64"):
         sequence_nll(tiny_llama(), [Tokens(ids)])
+
+
+def test_token_statistics_of_every_family(family, random_tokens) -> None:
+    model = family.build()
+    items = random_tokens(LENGTHS, prompt=3)
+    found = token_statistics(model, items, tokens_per_batch=24)
+    for statistics, item in zip(found, items, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([item.ids])).logits[0].double()
+        log_p = logits.log_softmax(dim=-1)[item.prompt - 1 : -1]
+        p = log_p.exp()
+        mean = (p * log_p).sum(-1)
+        variance = (p * log_p.square()).sum(-1) - mean.square()
+        labels = torch.tensor(item.ids[item.prompt :])
+        for name, expected in (
+            ("nll", direct(model, item)),
+            ("mean", mean),
+            ("variance", variance),
+        ):
+            value = getattr(statistics, name)
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value.double(), expected, atol=2e-4, rtol=1e-3, msg=name)
+        assert statistics.greedy.tolist() == (log_p.argmax(-1) == labels).tolist()
+        assert variance.min() > 1e-3  # a flat distribution would pass with anything
+
+
+def test_token_statistics_knows_a_hit(memorised) -> None:
+    """What a model recites are its first choices; of what it has never seen, few are."""
+    known = token_statistics(memorised.model, memorised.forget)
+    unseen = token_statistics(memorised.model, memorised.unseen)
+    # The first target follows a token that begins several of the sequences.
+    assert all(bool(s.greedy[1:].all()) for s in known)
+    assert float(torch.cat([s.greedy for s in unseen]).float().mean()) < 0.5
+
+
+def test_token_statistics_in_chunks_and_batches(tiny_llama, random_tokens) -> None:
+    model = tiny_llama()
+    items = random_tokens([40, 3, 40, 9, 40])  # more rows than one chunk
+    whole = token_statistics(model, items, 1024)
+    for statistics, nll in zip(whole, sequence_nll(model, items), strict=True):
+        torch.testing.assert_close(statistics.nll, nll, atol=1e-5, rtol=1e-5)
+    for statistics, other in zip(whole, token_statistics(model, items, 1), strict=True):
+        for name in ("nll", "mean", "variance"):
+            torch.testing.assert_close(
+                getattr(statistics, name), getattr(other, name), atol=1e-4, rtol=1e-4
+            )
+        assert torch.equal(statistics.greedy, other.greedy)
+
+
+def test_token_statistics_where_a_token_is_impossible(tiny_llama, random_tokens) -> None:
+    """A model that bars tokens (logit -inf) has finite moments: 0 log 0 is 0."""
+    model = tiny_llama()
+    items = random_tokens([8])
+    expected = token_statistics(model, items)[0]
+    barred = sorted(set(range(64)) - set(items[0].ids))[:5]
+    head = model.get_output_embeddings()
+
+    def bar(module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        logits[..., barred] = float("-inf")
+        return logits
+
+    handle = head.register_forward_hook(bar)
+    found = token_statistics(model, items)[0]
+    handle.remove()
+    assert bool(found.mean.isfinite().all() and found.variance.isfinite().all())
+    assert bool((found.nll < expected.nll).all())  # the others share what the barred ones had

@@ -7,7 +7,8 @@ most of the cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,30 @@ from libortho.data.tokens import Batch, Tokens, batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_STATISTICS_ROWS = 64
+"""Rows of logits of which the moments are taken at a time: what bounds their memory."""
+
+_NO_LOG_P = -1e4
+"""Stands for log 0: exp of it is 0 in fp32, and 0 times it is 0 rather than NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatistics:
+    """What a model made of each predicted token of one sequence; (targets,) on the CPU each.
+
+    Attributes:
+        nll: -log p(token), nats, fp32.
+        greedy: whether the token is the model's first choice, bool.
+        mean: E[log p(x)] over tokens x drawn from the model's own distribution at this position,
+            nats, fp32: minus its entropy.
+        variance: Var[log p(x)] over the same, nats squared, fp32.
+    """
+
+    nll: Tensor
+    greedy: Tensor
+    mean: Tensor
+    variance: Tensor
 
 
 def predicted_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -81,6 +106,54 @@ def sequence_nll(
         parts = token_nll(model, batch).cpu().split(batch.counts)
         result.update(zip(batch.index, parts, strict=True))
     return [result[i] for i in range(len(items))]
+
+
+@torch.no_grad()
+def token_statistics(
+    model: PreTrainedModel,
+    items: Sequence[Tokens],
+    tokens_per_batch: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[TokenStatistics]:
+    """Everything token-wise that a metric needs, from one forward pass of each sequence.
+
+    The softmax is taken in fp32 whatever the model's dtype. `sequence_nll` is cheaper where the
+    NLL is all that is wanted.
+
+    Args:
+        progress: told (sequences done, sequences in all) after each batch.
+
+    Raises:
+        ValueError: a token id is beyond the model's vocabulary.
+    """
+    result: dict[int, TokenStatistics] = {}
+    for batch in batches(items, tokens_per_batch):
+        logits = predicted_logits(model, batch)
+        labels = batch.labels.to(logits.device)
+        chunks = [
+            torch.stack(_row_statistics(rows, wanted))
+            for rows, wanted in zip(
+                logits.split(_STATISTICS_ROWS), labels.split(_STATISTICS_ROWS), strict=True
+            )
+        ]
+        parts = torch.cat(chunks, dim=1).cpu().split(batch.counts, dim=1)
+        for index, (nll, greedy, mean, variance) in zip(batch.index, parts, strict=True):
+            result[index] = TokenStatistics(nll, greedy.bool(), mean, variance)
+        if progress is not None:
+            progress(len(result), len(items))
+    return [result[i] for i in range(len(items))]
+
+
+def _row_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(nll, greedy, mean, variance), (rows,) fp32 each, of (rows, vocabulary) logits."""
+    log_p = logits.log_softmax(dim=-1)
+    nll = -log_p.gather(1, labels[:, None]).squeeze(1)
+    greedy = (log_p.argmax(dim=-1) == labels).float()
+    log_p.clamp_(min=_NO_LOG_P)
+    p = log_p.exp()
+    mean = (p * log_p).sum(dim=-1)
+    variance = (p * (log_p - mean[:, None]).square()).sum(dim=-1)
+    return nll, greedy, mean, variance
 
 
 def perplexity(nll: Sequence[Tensor]) -> float:

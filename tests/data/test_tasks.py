@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from libortho.data.examples import Example
-from libortho.data.tasks import Task, embedded_task, tofu_task
+from libortho.data.tasks import Task, embedded_task, tofu_benchmark, tofu_task
 from libortho.errors import DataError
 
 
@@ -149,3 +149,106 @@ def test_real_tofu(repository: Path) -> None:
     assert_disjoint(task)
     largest = tofu_task(str(folder), authors=40, forget_authors=20)
     assert (len(largest.forget), len(largest.retain)) == (400, 400)
+
+
+def write_pairs(path: Path, pairs: list[tuple[str, str]], **extra: object) -> None:
+    records = [{"question": q, "answer": a, **extra} for q, a in pairs]
+    path.write_text("\n".join(map(json.dumps, records)))
+
+
+def pairs_of(examples: tuple[Example, ...]) -> list[tuple[str, str]]:
+    return [(x.question or "", x.answer) for x in examples]
+
+
+def write_benchmark(folder: Path) -> Path:
+    """TOFU in miniature: 3 authors to forget, 5 to keep, 4 of them with perturbed answers."""
+    write_tofu(folder)
+    kept = [json.loads(x) for x in (folder / "retain_perturbed.json").read_text().splitlines()]
+    pairs = [(r["question"], r["answer"]) for r in kept]
+    more = [(f"retain90, question {i}?", f"more-{i}") for i in range(20)]
+    write_pairs(folder / "retain90.json", [*more[:10], *pairs, *more[10:]])
+    for name in ("real_authors", "world_facts"):
+        wrong = {"perturbed_answer": ["no", "nor this"]}
+        write_pairs(folder / f"{name}_perturbed.json", [(f"{name}?", "yes")], **wrong)
+    return folder
+
+
+def test_tofu_general_knowledge(tmp_path: Path) -> None:
+    task = tofu_task(str(write_benchmark(tmp_path)), 5, 2)
+    assert pairs_of(task.real_authors) == [("real_authors?", "yes")]
+    assert pairs_of(task.world_facts) == [("world_facts?", "yes")]
+    assert task.world_facts[0].perturbed_answers == ("no", "nor this")
+    assert task.absent == {}
+
+
+def test_tofu_says_what_is_absent(tmp_path: Path) -> None:
+    task = tofu_task(str(write_tofu(tmp_path)), 7, 3)
+    assert (task.real_authors, task.world_facts, task.unseen) == ((), (), ())
+    assert task.absent == {
+        "unseen": "every author of the files is memorised",
+        "real_authors": "real_authors_perturbed.json is not there",
+        "world_facts": "world_facts_perturbed.json is not there",
+    }
+    assert set(embedded_task().absent) == {"real_authors", "world_facts"}
+
+
+def test_tofu_with_more_retain_authors_than_have_perturbed_answers(tmp_path: Path) -> None:
+    source = str(write_benchmark(tmp_path))
+    task = tofu_task(source, 7, 2)
+    assert len(task.retain) == 100
+    assert all(x.perturbed_answers for x in task.retain[:80])
+    assert pairs_of(task.retain[80:]) == [
+        (f"retain90, question {i}?", f"more-{i}") for i in range(20)
+    ]
+    assert_disjoint(tofu_task(source, 6, 2))
+    assert not questions(task.retain) & questions(task.unseen)
+    with pytest.raises(ValueError, match="authors=8: expected 3 to 7"):
+        tofu_task(source, 8, 2)
+
+
+def test_tofu_benchmark(tmp_path: Path) -> None:
+    task = tofu_benchmark(str(write_benchmark(tmp_path)), "forget10")
+    assert task.name == "tofu-forget10"
+    assert task.source == "TOFU forget10: 8 authors, 3 to forget"
+    assert (len(task.forget), len(task.retain), len(task.unseen)) == (60, 100, 0)
+    assert sum(bool(x.perturbed_answers) for x in task.retain) == 80
+    assert not questions(task.forget) & questions(task.retain)
+    assert task.real_authors
+    assert list(task.absent) == ["unseen"]
+    assert "holdout10.json is not there" in task.absent["unseen"]
+
+    write_pairs(tmp_path / "holdout10.json", [("unseen?", "never")])
+    task = tofu_benchmark(str(tmp_path), "forget10")
+    assert pairs_of(task.unseen) == [("unseen?", "never")]
+    assert task.absent == {}
+
+
+def test_tofu_benchmark_that_does_not_fit_together(tmp_path: Path) -> None:
+    write_benchmark(tmp_path)
+    with pytest.raises(ValueError, match="split='forget20': expected one of forget01, forget05"):
+        tofu_benchmark(str(tmp_path), "forget20")  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"forget05_perturbed\.json"):
+        tofu_benchmark(str(tmp_path), "forget05")
+    write_pairs(tmp_path / "retain90.json", [("another?", "edition")])
+    with pytest.raises(DataError, match="has 80 pairs, 0 of which are among the 1"):
+        tofu_benchmark(str(tmp_path), "forget10")
+
+
+@pytest.mark.parametrize(
+    ("split", "forget"), [("forget01", 40), ("forget05", 200), ("forget10", 400)]
+)
+def test_real_tofu_benchmark(repository: Path, split: str, forget: int) -> None:
+    folder = repository.parent / "shared" / "data" / "tofu"
+    if not folder.is_dir():
+        pytest.skip("TOFU's files are not beside the repository")
+    task = tofu_benchmark(str(folder), split)  # type: ignore[arg-type]
+    assert (len(task.forget), len(task.retain)) == (forget, 4000 - forget)
+    everything = [
+        (x["question"], x["answer"]) for x in map(json.loads, (folder / "full.json").open())
+    ]
+    assert sorted(pairs_of(task.forget + task.retain)) == sorted(everything)
+    assert sum(bool(x.perturbed_answers and x.paraphrased_answer) for x in task.retain) == 400
+    assert (len(task.real_authors), len(task.world_facts)) == (100, 117)
+    # What a smaller split does not forget is in its retain set: none of it is unseen.
+    assert set(task.absent) == {"unseen"}
+    assert len(tofu_task(str(folder), 40, 4).retain) == 720

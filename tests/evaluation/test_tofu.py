@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from libortho.data import Example, Task
+from libortho.data import Example, Task, encode
 from libortho.evaluation import tofu
 from libortho.evaluation.write import render_report, run_folder, write_run
 from libortho.methods.geometric import GeometricConfig
@@ -90,3 +92,33 @@ def test_an_interrupted_fine_tune_leaves_no_cache(job: tofu.TofuJob, monkeypatch
         tofu.run_tofu(job)
     monkeypatch.undo()
     assert not list((Path(job.model).parent / "cache").glob("memorised/*/memorised.json"))
+
+
+def loss(model, tokenizer, question: str, answer: str) -> float:
+    """Mean NLL per token of an answer, from the plain logits."""
+    item = encode(Example(answer, question), tokenizer)
+    logits = model(input_ids=torch.tensor([item.ids])).logits[0].double().log_softmax(-1)
+    steps = range(item.prompt, len(item.ids))
+    return -sum(float(logits[i - 1, item.ids[i]]) for i in steps) / item.targets
+
+
+def test_truth_ratio_is_openunlearnings(tiny_llama, tokenizer) -> None:
+    model = tiny_llama()
+    examples = [
+        Example("he is red", "who is he ?", None, "the house is red", ("she is red", "a garden")),
+        Example("a house", "it is ?", None, "in a house", ("in the garden", "it", "she is")),
+    ]
+    expected = [
+        math.exp(
+            loss(model, tokenizer, e.question, e.paraphrased_answer)
+            - sum(loss(model, tokenizer, e.question, w) for w in e.perturbed_answers)
+            / len(e.perturbed_answers)
+        )
+        for e in examples
+    ]
+    assert tofu.truth_ratios(model, examples, tokenizer) == pytest.approx(expected, rel=1e-4)
+
+
+def test_truth_ratio_needs_both_kinds_of_answer(tiny_llama, tokenizer) -> None:
+    with pytest.raises(ValueError, match="truth ratio is not defined"):
+        tofu.truth_ratios(tiny_llama(), [Example("it", "who ?")], tokenizer)

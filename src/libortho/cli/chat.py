@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from libortho.alpha import alpha_scope, check_alpha, ortho_layers
 from libortho.checkpoint import load_split
 from libortho.cli.console import console, write_json
-from libortho.data.tokens import Template, prompt_text
+from libortho.data.tokens import Template, prompt_ids
 from libortho.evaluation.generation import greedy
 
 
@@ -58,11 +58,11 @@ def answer_at(
     max_new_tokens: int,
 ) -> dict[float, str]:
     """The greedy answer at each alpha."""
-    text = prompt_text(prompt, template, tokenizer)
+    ids = prompt_ids(prompt, template, tokenizer)
     answers = {}
     for alpha in alphas:
         with alpha_scope(model, alpha):
-            (answers[alpha],) = greedy(model, tokenizer, [text], max_new_tokens)
+            (answers[alpha],) = greedy(model, tokenizer, [ids], max_new_tokens)
     return answers
 
 

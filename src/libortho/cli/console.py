@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from libortho import files
 from libortho.errors import LibOrthoError
 
 EXIT_ERROR = 2
@@ -77,12 +76,5 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def write_json(path: Path | None, data: Any) -> None:
     """Write JSON whole or not at all; None writes nothing."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-    ) as file:
-        json.dump(data, file, indent=1, ensure_ascii=False, allow_nan=True)
-        file.write("\n")
-    os.replace(file.name, path)
+    if path is not None:
+        files.write_json(path, data)

@@ -4,7 +4,7 @@ from libortho.data.authors import Author, Fact, fictional_authors
 from libortho.data.embedded import embedded_model_path
 from libortho.data.examples import Example, read_jsonl
 from libortho.data.general import general_text
-from libortho.data.tasks import Task, embedded_task, tofu_task
+from libortho.data.tasks import Task, embedded_task, tofu_benchmark, tofu_task
 from libortho.data.tokens import Tokens, encode
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "fictional_authors",
     "general_text",
     "read_jsonl",
+    "tofu_benchmark",
     "tofu_task",
 ]

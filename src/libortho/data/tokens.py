@@ -55,6 +55,15 @@ def prompt_text(question: str, template: Template, tokenizer: PreTrainedTokenize
     return f"Question: {question}\nAnswer:"
 
 
+def prompt_ids(
+    question: str, template: Template, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """`prompt_text` in tokens: what `encode` puts before an answer."""
+    special = template == "plain"  # a chat template writes its own special tokens
+    text = prompt_text(question, template, tokenizer)
+    return tuple(tokenizer(text, add_special_tokens=special).input_ids)
+
+
 def encode(
     example: Example | str, tokenizer: PreTrainedTokenizerBase, template: Template = "plain"
 ) -> Tokens:
@@ -73,13 +82,11 @@ def encode(
         if len(ids) < 2:
             raise ValueError(f"text {example.answer!r} is {len(ids)} token(s): expected at least 2")
         return Tokens(tuple(ids))
-    prompt = prompt_text(example.question, template, tokenizer)
-    special = template == "plain"  # a chat template writes its own special tokens
-    head = tokenizer(prompt, add_special_tokens=special).input_ids
+    head = prompt_ids(example.question, template, tokenizer)
     lead = "" if template == "chat" else " "
     tail = tokenizer(lead + example.answer, add_special_tokens=False).input_ids
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Tokens(tuple(head + tail + end), len(head))
+    return Tokens((*head, *tail, *end), len(head))
 
 
 def as_tokens(

@@ -39,11 +39,23 @@ def read_text(path: Path, tokenizer: Any, template: Template) -> list[Tokens]:
         return [encode(example, tokenizer, template) for example in read_jsonl(path)]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    ids = tokenizer(path.read_text(encoding="utf-8")).input_ids
+    try:
+        return text_windows(path.read_text(encoding="utf-8"), tokenizer)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def text_windows(text: str, tokenizer: Any) -> list[Tokens]:
+    """A running text as sequences of at most `WINDOW` tokens, each predicted but for its first.
+
+    Raises:
+        DataError: the text is of fewer than two tokens.
+    """
+    ids = tokenizer(text).input_ids
     windows = [tuple(ids[i : i + WINDOW]) for i in range(0, len(ids), WINDOW)]
     items = [Tokens(window) for window in windows if len(window) > 1]
     if not items:
-        raise DataError(f"{path}: {len(ids)} token(s), expected at least 2")
+        raise DataError(f"{len(ids)} token(s), expected at least 2")
     return items
 
 

@@ -37,9 +37,9 @@ from libortho.alpha import alpha_scope
 from libortho.data.embedded import cache_dir
 from libortho.data.examples import Example
 from libortho.data.tasks import Task
-from libortho.data.tokens import Template, Tokens, encode, prompt_text
+from libortho.data.tokens import Template, Tokens, encode, prompt_ids
 from libortho.evaluation.generation import greedy
-from libortho.evaluation.metrics import forget_quality, truth_ratios
+from libortho.evaluation.metrics import forget_quality, truth_ratio
 from libortho.report import SeparationReport
 from libortho.scoring import answer_probability, perplexity, sequence_nll
 from libortho.separate import SeparationConfig, separate_
@@ -235,6 +235,33 @@ def _examples(shown: Sequence[Example], answers: dict[str, list[str]]) -> list[d
     ]
 
 
+def truth_ratios(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template = "plain",
+) -> list[float]:
+    """`truth_ratio` of each example, the paraphrased answer being the right one.
+
+    Raises:
+        ValueError: an example has no paraphrased or no perturbed answers.
+    """
+    for example in examples:
+        if not example.perturbed_answers or example.paraphrased_answer is None:
+            raise ValueError(
+                f"{example.question!r} has no paraphrased and perturbed answers: "
+                "the truth ratio is not defined"
+            )
+    answers = [(e.question, e.paraphrased_answer or "", e.perturbed_answers) for e in examples]
+    tokens = [
+        encode(Example(a, question), tokenizer, template)
+        for question, right, wrong in answers
+        for a in (right, *wrong)
+    ]
+    losses = iter([float(nll.mean()) for nll in sequence_nll(model, tokens)])
+    return [truth_ratio(next(losses), [next(losses) for _ in wrong]) for _, _, wrong in answers]
+
+
 class _Measure:
     """The measurements of one model, the same for every row of the table."""
 
@@ -263,7 +290,7 @@ class _Measure:
     def answers(self, model: PreTrainedModel) -> list[str]:
         """Greedy answers to the first forget questions."""
         prompts = [
-            prompt_text(e.question or "", self._job.template, self._tokenizer)
+            prompt_ids(e.question or "", self._job.template, self._tokenizer)
             for e in self._job.task.forget[: self._job.examples]
         ]
         return greedy(model, self._tokenizer, prompts, 40) if prompts else []

@@ -1,0 +1,367 @@
+"""The TOFU benchmark of one model: every sequence scored once, every question answered once.
+
+What is measured is what OpenUnlearning measures, under its names, with its shape
+(`{"agg_value": ..., "value_by_index": {"0": ...}}`), and a few of our own: `forget_perplexity`,
+`retain_perplexity`, `wikitext_perplexity`, `forget_fluency`, `forget_loops`, `forget_broken_words`,
+`retain_loops` and `retain_broken_words`. Unlike OpenUnlearning, answers longer than 512 tokens are
+not cut (TOFU has none).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from libortho.data.examples import Example
+from libortho.data.general import general_text
+from libortho.data.tasks import Task
+from libortho.data.tokens import Template, encode, prompt_ids
+from libortho.evaluation import entries
+from libortho.evaluation.entries import Entry
+from libortho.evaluation.generation import greedy
+from libortho.evaluation.metrics import UTILITY_PARTS, forget_quality, privleak, vocabulary
+from libortho.evaluation.scored import ANSWER, PARAPHRASED, PERTURBED, Part, Scored, score
+from libortho.evaluation.text import text_windows
+from libortho.scoring import sequence_nll
+
+Progress = Callable[[str, int, int], None]
+
+_NO_REFERENCE = "no reference model's logs were given"
+
+
+@dataclass(frozen=True)
+class SuiteData:
+    """What a model is measured on.
+
+    Attributes:
+        forget: questions that are to be forgotten.
+        retain: questions that were memorised with them and are to be kept.
+        holdout: questions like these that no model has seen: the non-members of membership
+            inference. May be empty.
+        real_authors, world_facts: general knowledge. May be empty.
+        wikitext: running text, for perplexity; None to leave it out.
+        absent: why a set is empty, by its name above.
+
+    Raises:
+        ValueError: no forget or retain question, or an example without a question.
+    """
+
+    forget: tuple[Example, ...]
+    retain: tuple[Example, ...]
+    holdout: tuple[Example, ...] = ()
+    real_authors: tuple[Example, ...] = ()
+    world_facts: tuple[Example, ...] = ()
+    wikitext: str | None = None
+    absent: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, examples in self.sets().items():
+            if not examples and name in ("forget", "retain"):
+                raise ValueError(f"the {name} set is empty: expected at least one question")
+            for position, example in enumerate(examples):
+                if example.question is None:
+                    raise ValueError(
+                        f"{name}[{position}] has no question ({example.answer[:40]!r}): "
+                        "the suite measures answers to questions"
+                    )
+
+    def sets(self) -> dict[str, tuple[Example, ...]]:
+        """The five sets of questions, by name."""
+        names = ("forget", "retain", "holdout", "real_authors", "world_facts")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def of_task(cls, task: Task, wikitext: str | None = None) -> SuiteData:
+        """A task's sets; of its retain set the pairs with perturbed answers, if it has such."""
+        complete = tuple(x for x in task.retain if x.perturbed_answers and x.paraphrased_answer)
+        absent = dict(task.absent)
+        if "unseen" in absent:
+            absent["holdout"] = absent.pop("unseen")
+        return cls(
+            forget=task.forget,
+            retain=complete or task.retain,
+            holdout=task.unseen,
+            real_authors=task.real_authors,
+            world_facts=task.world_facts,
+            wikitext=wikitext,
+            absent=absent,
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's measurements.
+
+    Attributes:
+        logs: each metric's entry, as OpenUnlearning's TOFU_EVAL.json has them.
+        missing: each metric that could not be computed, with the reason.
+        settings: what it was measured with: "limit", "max_new_tokens", "template", and under
+            "questions" how many of each set were asked and how many there are.
+    """
+
+    logs: dict[str, Entry]
+    missing: dict[str, str]
+    settings: dict[str, Any]
+
+
+_PREFIX = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+_KINDS = {
+    "forget": (ANSWER, PARAPHRASED, PERTURBED),
+    "retain": (ANSWER, PARAPHRASED, PERTURBED),
+    "holdout": (ANSWER,),
+    "real_authors": (ANSWER, PERTURBED),
+    "world_facts": (ANSWER, PERTURBED),
+}
+_UTILITY_SETS = ("retain", "real_authors", "world_facts")
+
+
+def evaluate_suite(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: SuiteData,
+    *,
+    template: Template = "plain",
+    pretrained: PreTrainedModel | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 200,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure one model, at whatever alpha it is set to.
+
+    Args:
+        model: in evaluation mode.
+        template: how a question becomes a prompt.
+        pretrained: an untouched model with the same tokenizer, which judges how fluent the answers
+            to the forget questions are.
+        limit: at most so many questions of each utility set (retain, real authors, world facts),
+            evenly spread; an entry's indices stay those of the whole set.
+        max_new_tokens: of a generated answer; OpenUnlearning's is 200.
+        progress: told (stage, done, total).
+
+    Raises:
+        ValueError: `limit` or `max_new_tokens` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: expected at least 1, or None for every question")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    tell = progress or (lambda stage, done, total: None)
+    parts = {
+        name: Part(name, examples, limit if name in _UTILITY_SETS else None)
+        for name, examples in data.sets().items()
+    }
+    book = _Book(data.absent)
+    scored = score(
+        model,
+        tokenizer,
+        [(part, kind) for name, part in parts.items() for kind in _KINDS[name]],
+        template,
+        lambda done, total: tell("score", done, total),
+    )
+    for name, part in parts.items():
+        if name in _PREFIX:
+            _likelihoods(book, part, scored)
+    _memorisation(book, parts, scored)
+
+    asked = [part for name, part in parts.items() if name in _PREFIX]
+    prompts = [prompt_ids(e.question or "", template, tokenizer) for p in asked for e in p.examples]
+    answers = iter(
+        greedy(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens,
+            progress=lambda done, total: tell("answer", done, total),
+        )
+    )
+    said = {part.name: [next(answers) for _ in part.examples] for part in asked}
+    shown = iter([str(tokenizer.decode(list(p), skip_special_tokens=True)) for p in prompts])
+    for part in asked:
+        inputs = [next(shown) for _ in part.examples]
+        book.add(
+            f"{_PREFIX[part.name]}_Q_A_ROUGE",
+            [(part, ANSWER)],
+            partial(entries.rouge, part, inputs, said[part.name]),
+        )
+    book.utility()
+
+    known = vocabulary(_texts(data, tokenizer))
+    for name in ("forget", "retain"):
+        book.logs[f"{name}_loops"] = entries.loops(parts[name], said[name])
+        book.logs[f"{name}_broken_words"] = entries.broken(parts[name], said[name], known)
+    tell("judge the answers", 0, 1)
+    book.fluency(parts["forget"], said["forget"], pretrained, tokenizer, template)
+    if data.wikitext is None:
+        book.missing["wikitext_perplexity"] = "no general text was given"
+    else:
+        tell("general text", 0, 1)
+        nll = sequence_nll(model, text_windows(data.wikitext, tokenizer))
+        book.logs["wikitext_perplexity"] = entries.perplexity_entry(nll)
+    for name in ("forget_quality", "privleak"):
+        book.missing[name] = _NO_REFERENCE
+    settings = {
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "template": template,
+        "questions": {
+            name: {"asked": len(part.examples), "of": part.whole} for name, part in parts.items()
+        },
+    }
+    return Evaluation(book.logs, book.missing, settings)
+
+
+def with_reference(evaluation: Evaluation, reference_logs: Mapping[str, Entry]) -> Evaluation:
+    """The evaluation with what compares it to a model that never saw the forget set.
+
+    That is `forget_quality` and `privleak` (of `mia_min_k`, as OpenUnlearning's).
+
+    Args:
+        reference_logs: the reference model's `logs`, or its TOFU_EVAL.json as read.
+
+    Raises:
+        ValueError: the two were measured on other forget questions.
+    """
+    logs, missing = dict(evaluation.logs), dict(evaluation.missing)
+    for name, part in (("forget_quality", "forget_truth_ratio"), ("privleak", "mia_min_k")):
+        missing.pop(name, None)
+        logs.pop(name, None)
+        if part not in logs:
+            missing[name] = evaluation.missing.get(part, f"{part} was not measured")
+        elif part not in reference_logs:
+            missing[name] = f"the reference's logs have no {part}"
+        else:
+            logs[name] = _compared(name, logs[part], reference_logs[part])
+    return dataclasses.replace(evaluation, logs=logs, missing=missing)
+
+
+def _compared(name: str, own: Entry, reference: Entry) -> Entry:
+    if name == "privleak":
+        return {"agg_value": privleak(own["agg_value"], reference["agg_value"])}
+    ours, theirs = own["value_by_index"], reference["value_by_index"]
+    if set(ours) != set(theirs):
+        raise ValueError(
+            f"{len(ours)} forget questions against the reference's {len(theirs)}, or others: "
+            "expected the same"
+        )
+    ratios = [[row["score"] for row in rows.values()] for rows in (ours, theirs)]
+    return {"agg_value": forget_quality(*ratios)}
+
+
+class _Book:
+    """The entries made so far, and the reasons for those that could not be."""
+
+    def __init__(self, absent: Mapping[str, str]) -> None:
+        self.logs: dict[str, Entry] = {}
+        self.missing: dict[str, str] = {}
+        self._absent = absent
+
+    def add(self, name: str, needs: Sequence[tuple[Part, str]], make: Callable[[], Entry]) -> None:
+        """Make an entry if every (set, kind of answer) that it needs is there."""
+        for part, kind in needs:
+            reason = part.lacks(kind)
+            if reason is not None:
+                known = self._absent.get(part.name) if not part.examples else None
+                self.missing[name] = known or reason
+                return
+        entry = make()
+        if entry["agg_value"] is None:
+            self.missing[name] = "it is defined for no question of the set"
+        else:
+            self.logs[name] = entry
+
+    def utility(self) -> None:
+        lacking = [name for name in UTILITY_PARTS if name not in self.logs]
+        if lacking:
+            self.missing["model_utility"] = f"needs {lacking[0]}: {self.missing[lacking[0]]}"
+        else:
+            self.logs["model_utility"] = entries.utility(self.logs)
+
+    def fluency(
+        self,
+        part: Part,
+        said: Sequence[str],
+        judge: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+    ) -> None:
+        name = f"{part.name}_fluency"
+        if judge is None:
+            self.missing[name] = "no pretrained model was given to judge the answers"
+            return
+        spoken = [i for i, answer in enumerate(said) if answer]
+        if not spoken:
+            self.missing[name] = "every answer is empty"
+            return
+        # Without the end of sequence: a model that was never taught to stop finds it unlikely.
+        items = [
+            encode(Example(said[i], part.examples[i].question), tokenizer, template) for i in spoken
+        ]
+        if tokenizer.eos_token_id is not None:
+            items = [dataclasses.replace(item, ids=item.ids[:-1]) for item in items]
+        nll = sequence_nll(judge, items)
+        self.logs[name] = entries.fluency([part.index[i] for i in spoken], nll)
+
+
+def _likelihoods(book: _Book, part: Part, scored: Scored) -> None:
+    """Probabilities of right and wrong answers, and what is made of them, of one set."""
+    prefix = _PREFIX[part.name]
+    general = part.name in ("real_authors", "world_facts")
+    own = (part, ANSWER)
+    # General knowledge has no paraphrase: its right answer is the answer.
+    right, wrong = (part, ANSWER if general else PARAPHRASED), (part, PERTURBED)
+    names = {ANSWER: f"{prefix}_Q_A_Prob", PERTURBED: f"{prefix}_Q_A_PERT_Prob"}
+    if not general:
+        names[PARAPHRASED] = f"{prefix}_Q_A_PARA_Prob"
+        book.add(f"{prefix}_perplexity", [own], lambda: entries.perplexity_entry(scored.nll(*own)))
+    for kind, name in names.items():
+        book.add(name, [(part, kind)], partial(entries.probabilities, part, kind, scored))
+    if general:
+        book.add(
+            f"{prefix}_Q_A_Prob_normalised",
+            [own, wrong],
+            partial(entries.normalised, part, scored),
+        )
+    # OpenUnlearning's configuration spells it so for the forget set alone.
+    ratio = "forget_truth_ratio" if part.name == "forget" else f"{prefix}_Truth_Ratio"
+    book.add(ratio, [right, wrong], partial(entries.truth_ratios, part, right[1], scored))
+
+
+def _memorisation(book: _Book, parts: Mapping[str, Part], scored: Scored) -> None:
+    forget, holdout = parts["forget"], parts["holdout"]
+    own = (forget, ANSWER)
+    book.add("extraction_strength", [own], partial(entries.extraction, forget, scored))
+    book.add("exact_memorization", [own], partial(entries.memorization, forget, scored))
+    for name, attack in entries.ATTACKS.items():
+        book.add(
+            name,
+            [own, (holdout, ANSWER)],
+            partial(entries.membership, forget, holdout, attack, scored),
+        )
+
+
+def _texts(data: SuiteData, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a word can be known from: the data, general text, the tokenizer's own words.
+
+    A tokenizer gives frequent words a token of their own; those that begin a word and have four
+    letters or more serve as a dictionary. Measured on 1,600 TOFU answers about authors that were
+    not in the vocabulary: 4 to 7 in 100 have a word that is taken for broken, against 10 to 27
+    without the tokenizer's words.
+    """
+    texts = [text for examples in data.sets().values() for e in examples for text in _words_of(e)]
+    pieces = [
+        piece[1:]
+        for piece in tokenizer.get_vocab()
+        if piece[:1] in ("\u0120", "\u2581") and len(piece) > 4 and piece[1:].isalpha()
+    ]
+    return [*texts, *general_text(), *pieces, *([data.wikitext] if data.wikitext else [])]
+
+
+def _words_of(example: Example) -> list[str]:
+    own = (example.question, example.answer, example.paraphrased_question)
+    more = (example.paraphrased_answer, *example.perturbed_answers)
+    return [text for text in (*own, *more) if text]

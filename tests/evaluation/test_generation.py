@@ -1,0 +1,78 @@
+"""Greedy answers: batched or one by one the same, and ended where a sequence ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from libortho.data.examples import Example
+from libortho.data.tokens import encode, prompt_ids
+from libortho.evaluation.generation import greedy
+
+PROMPTS = ["who is she ?", "where", "who wrote the red house in the garden ?", "it is", "a red"]
+
+
+def by_hand(model: nn.Module, prompt: tuple[int, ...], ends: set[int], steps: int) -> list[int]:
+    """One token at a time, without padding or a cache."""
+    said: list[int] = []
+    for _ in range(steps):
+        logits = model(input_ids=torch.tensor([[*prompt, *said]]), use_cache=False).logits
+        token = int(logits[0, -1].argmax())
+        if token in ends:
+            break
+        said.append(token)
+    return said
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 64, 8192])
+def test_batches_change_nothing(tiny_llama, tokenizer, tokens_per_batch: int) -> None:
+    model = tiny_llama(vocab_size=len(tokenizer))
+    prompts = [prompt_ids(text, "plain", tokenizer) for text in PROMPTS]
+    done: list[tuple[int, int]] = []
+    answers = greedy(
+        model,
+        tokenizer,
+        prompts,
+        12,
+        tokens_per_batch=tokens_per_batch,
+        progress=lambda *at: done.append(at),
+    )
+    expected = [
+        tokenizer.decode(by_hand(model, prompt, {2}, 12), skip_special_tokens=True).strip()
+        for prompt in prompts
+    ]
+    assert answers == expected
+    assert len(set(answers)) > 2
+    assert done[-1] == (5, 5)
+    assert len(done) == {1: 5, 64: 2, 8192: 1}[tokens_per_batch]
+
+
+def test_ends_where_either_says_so(tiny_llama, tokenizer) -> None:
+    """An end that only the tokenizer knows, and one that only the generation config knows."""
+    model = tiny_llama(vocab_size=len(tokenizer))
+    prompt = prompt_ids("who is she ?", "plain", tokenizer)
+    free = by_hand(model, prompt, set(), 12)
+    last = free[3]
+    assert last not in free[:3]
+    expected = [tokenizer.decode(free[:3], skip_special_tokens=True)]
+    for configured in (last, [2, last]):
+        model.generation_config.eos_token_id = configured
+        assert greedy(model, tokenizer, [prompt], 12) == expected
+    model.generation_config.eos_token_id = None
+    own = tokenizer.eos_token
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(last)
+    try:
+        assert greedy(model, tokenizer, [prompt], 12) == expected
+    finally:
+        tokenizer.eos_token = own
+
+
+def test_a_prompt_is_what_an_answer_follows(tokenizer) -> None:
+    for template in ("plain", "chat"):
+        item = encode(Example("a red house", "where is it ?"), tokenizer, template)
+        assert item.ids[: item.prompt] == prompt_ids("where is it ?", template, tokenizer)
+
+
+def test_no_prompts(tiny_llama, tokenizer) -> None:
+    assert greedy(tiny_llama(), tokenizer, [], 4) == []
