@@ -115,6 +115,7 @@ BASES = {
     "fp16": BaseConfig(storage="fp16"),
     "int8": BaseConfig(storage="int8"),
     "grouped": BaseConfig(storage="int8", group_size=8),
+    "int4": BaseConfig(storage="int4", group_size=8),
 }
 IDS = torch.tensor([[5, 9, 3, 41, 17, 22, 8, 60], [1, 7, 7, 30, 2, 11, 59, 4]])
 
@@ -223,7 +224,7 @@ def test_every_base_storage(base: str, kind: str, tmp_path: Path) -> None:
     save_split(model, tmp_path / "m")
     assert_same_model(model, load_split(tmp_path / "m"))
     entry = next(iter(read_manifest(tmp_path / "m").layers.values()))
-    assert (entry.base, entry.ortho) == ("fp16" if base == "fp16" else "int8", kind)
+    assert (entry.base, entry.ortho) == (BASES[base].storage, kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -731,6 +732,53 @@ def test_a_scale_whose_groups_do_not_divide_the_columns(copy: Path) -> None:
     edit(copy, lambda m: m["tensors"][f"{LAYER}.base.scale"].update(shape=[24, 7]))
     with pytest.raises(CheckpointError, match="7 groups, which do not divide 40 columns"):
         load_split(copy)
+
+
+@pytest.fixture
+def int4_copy(tmp_path: Path) -> Path:
+    save_split(split_model(kind="sparse", base=BASES["int4"]), tmp_path / "int4")
+    return tmp_path / "int4"
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "match"),
+    [
+        ("qdata", torch.zeros(24, 40).byte(), r"qdata is \[24, 40\]: expected \[24, 20\]"),
+        ("qdata", torch.zeros(24, 20).char(), "qdata is I8: expected U8"),
+        ("scale", torch.ones(24, 5), "scale is F32: expected BF16"),
+        ("scale", torch.ones(24, 7).bfloat16(), "7 groups, which do not divide 40 columns"),
+        ("scale", torch.ones(120).bfloat16(), r"scale is \[120\]: expected \[24, 120\]"),
+        ("zero", torch.zeros(24, 4).byte(), r"zero is \[24, 4\]: expected \[24, 5\]"),
+        ("zero", torch.zeros(24, 5), "zero is F32: expected U8"),
+        ("zero", None, "base.zero is missing"),
+    ],
+)
+def test_wrong_int4_tensors(
+    part: str, tensor: torch.Tensor | None, match: str, int4_copy: Path, monkeypatch
+) -> None:
+    forbid_building(monkeypatch)
+    name = f"{LAYER}.base.{part}"
+    if tensor is None:
+        rewrite(int4_copy, "base", lambda tensors: tensors.pop(name))
+        edit(int4_copy, lambda m: m["tensors"].pop(name))
+    else:
+        rewrite(int4_copy, "base", _put(name, tensor))
+        dtype = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16"}.get(tensor.dtype)
+        written = {"dtype": dtype or "F32", "shape": list(tensor.shape)}
+        edit(int4_copy, lambda m: m["tensors"].update({name: written}))
+    with pytest.raises(CheckpointError, match=match):
+        load_split(int4_copy)
+
+
+def test_int4_has_no_odd_width_and_int8_no_zero(int4_copy: Path) -> None:
+    before = (int4_copy / "libortho.json").read_text()
+    edit(int4_copy, lambda m: entry(m).update(shape=[24, 41]))
+    with pytest.raises(CheckpointError, match="41 columns: int4 packs two to a byte"):
+        load_split(int4_copy)
+    (int4_copy / "libortho.json").write_text(before)
+    edit(int4_copy, lambda m: entry(m).update(base="int8"))
+    with pytest.raises(CheckpointError, match=r"base\.zero does not belong .* int8 base"):
+        load_split(int4_copy)
 
 
 @pytest.mark.parametrize("file", ["base", "ortho"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import libortho
 from libortho.alpha import alpha_scope
-from libortho.base import quantize
+from libortho.base import check_width, quantize
 from libortho.calibration import second_moments
 from libortho.config import to_dict
 from libortho.data.general import general_text
@@ -178,6 +178,7 @@ class _Work:
         self.biases: dict[str, Tensor | None] = {}
         for name, layer in self.layers.items():
             self.weights[name], self.biases[name] = read_linear(layer, name)
+            check_width(self.weights[name].shape[1], config.method.base, name)
         self.new_layers: dict[str, OrthoLinear] = {}
         self.seconds: dict[str, float] = {}
         self.target: dict[str, Any] = {}
@@ -257,7 +258,9 @@ class _Work:
         with self.stage("quantise"):
             for done, (name, weight) in enumerate(self.weights.items()):
                 self.tell("quantise", done, len(self.weights))
-                self._add(name, "geometric", _to_streams(weight, edits[name], method), 0.0)
+                self._add(
+                    name, "geometric", _to_streams(weight, edits[name], method, metrics[name]), 0.0
+                )
             self.tell("quantise", len(self.weights), len(self.weights))
 
     def _metrics(
@@ -447,11 +450,14 @@ class _Work:
         )
 
 
-def _to_streams(weight: Tensor, edit: LowRankEdit, method: GeometricConfig) -> Split:
+def _to_streams(
+    weight: Tensor, edit: LowRankEdit, method: GeometricConfig, metric: Metric
+) -> Split:
     dtype = getattr(torch, method.ortho_dtype)
     ortho = LowRankOrtho.from_factors(-edit.left, edit.right, dtype)
     # What is stored of the factors, rounding included, is what the base must lack.
-    base = quantize(weight.float() - ortho.dense(), method.base)
+    moment = metric.moment() if method.base.reads_moment else None
+    base = quantize(weight.float() - ortho.dense(), method.base, moment)
     return Split(base, ortho)
 
 

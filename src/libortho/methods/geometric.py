@@ -124,6 +124,10 @@ class Metric:
     factor: Tensor
     scale: float = 1.0
 
+    def moment(self) -> Tensor:
+        """M = L L^T, (in_features, in_features): E_retain[x x^T] with its ridge."""
+        return self.factor @ self.factor.T
+
     def whiten_gradient(self, gradient: Tensor) -> Tensor:
         """Gradient by D, (out, in) -> gradient by D L: G L^-T."""
         return torch.linalg.solve_triangular(self.factor, gradient.T, upper=False).T
