@@ -101,15 +101,14 @@ def check_moment(moment: Tensor, columns: int) -> None:
 
 def _feedback(moment: Tensor, place: Tensor) -> Tensor:
     """T_ij / T_jj of the damped moment, with its rows and columns taken in the order `place`."""
-    # fp64: moments of attention sinks span ten orders of magnitude.
-    place = place.to(moment.device)
-    matrix = moment.double()[place][:, place]
-    matrix.diagonal().add_(DAMPING * matrix.diagonal().mean())
     # Cholesky gives a lower triangle; reversing both axes before and after makes it an upper one.
-    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    # fp64: moments of attention sinks span ten orders of magnitude.
+    backwards = place.flip(0).to(moment.device)
+    matrix = moment[backwards.unsqueeze(1), backwards].double()
+    matrix.diagonal().add_(DAMPING * matrix.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
         raise ValueError(
             "moment is not positive semi-definite, not even with its damping: expected E[x x^T]"
         )
-    upper = lower.flip(0, 1)
-    return upper / upper.diagonal()
+    return lower.div_(lower.diagonal().clone()).flip(0, 1)

@@ -54,7 +54,7 @@ class GeometricConfig:
             model or unseen text says it; see `separate_`.
         tolerance: how far above its target the forget probability may end, as a fraction of the
             target (and by at most 0.05 in all), before the report calls it not reached.
-        base: how the base is stored.
+        base: how the base is stored; rounded against the retain metric where it reads a moment.
         ortho_dtype: dtype of the factors.
         seed: of the randomised truncation and of sampled labels.
     """
