@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types pytest experiment bench-svd clean
+.PHONY: help install demo test lint types pytest experiment bench-svd bench-quantisation clean
 
 help:            ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with the pinned requirements and this package
 
@@ -40,6 +40,9 @@ experiment: install ## the original experiment, one row per method
 
 bench-svd: install ## the truncated SVD beside torch.linalg.svd
 	$(BIN)/python benchmarks/svd.py
+
+bench-quantisation: install ## what each way of storing the base costs (TEXT=a plain text file)
+	$(BIN)/python benchmarks/quantisation.py --text $(TEXT)
 
 clean:           ## remove .venv and caches of this folder
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -23,9 +24,11 @@ from libortho import (
     separation_report,
     set_alpha,
 )
-from libortho.base import Int8Base
+from libortho.alpha import ortho_layers
+from libortho.base import Int8Base, quantize
 from libortho.data.examples import Example
 from libortho.data.tokens import Tokens
+from libortho.methods.geometric import Metric
 from libortho.scoring import answer_probability, perplexity, sequence_nll
 
 TARGETS = ("up_proj", "down_proj")
@@ -279,6 +282,40 @@ def test_storage(memorised, storage: str, ortho_dtype: str) -> None:
     assert {b.dtype for b in layer.ortho.buffers()} == {getattr(torch, ortho_dtype)}
     assert known(m.model, m.forget) < 0.2
     assert known(m.model, m.forget, 1.0) > 0.9
+
+
+def test_int4_is_rounded_against_the_retain_data(memorised, monkeypatch) -> None:
+    m = memorised
+    weights = {name: w.clone() for name, w in m.model.state_dict().items()}
+    moments: list[torch.Tensor] = []
+    original = Metric.moment
+
+    def recording(self: Metric) -> torch.Tensor:
+        moments.append(original(self))
+        return moments[-1]
+
+    monkeypatch.setattr(Metric, "moment", recording)
+    base = BaseConfig(storage="int4", group_size=32)
+    separate_(m.model, m.forget, m.retain, config(base=base))
+    layers = ortho_layers(m.model)
+    assert len(moments) == len(layers) == 2 * len(TARGETS)
+    for (name, layer), moment in zip(layers.items(), moments, strict=True):
+        # What the base holds is a function of W - ortho and the retain metric alone.
+        kept = weights[f"{name}.weight"] - layer.ortho.dense()
+        assert torch.equal(layer.base.qdata, quantize(kept, base, moment).qdata)
+        error = layer.base.dequantize() - kept
+        nearest = quantize(kept, dataclasses.replace(base, rounding="nearest"), moment)
+        worse = nearest.dequantize() - kept
+        assert ((error @ moment) * error).sum() < ((worse @ moment) * worse).sum()
+    assert known(m.model, m.forget) < 0.3
+    assert known(m.model, m.forget, 1.0) > 0.8
+    assert known(m.model, m.retain) > 0.8
+
+
+def test_int8_reads_no_moment(memorised, monkeypatch) -> None:
+    m = memorised
+    monkeypatch.setattr(Metric, "moment", lambda self: pytest.fail("a product for nothing"))
+    separate_(m.model, m.forget, m.retain, config())
 
 
 # -- text ------------------------------------------------------------------------

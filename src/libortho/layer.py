@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from libortho import alpha as _alpha
 from libortho.base import BaseStream
-from libortho.config import BaseConfig, FactorDtype, Scale, Selection, Storage, Svd
+from libortho.config import FactorDtype, Scale, Selection, Storage, Svd
 from libortho.errors import OrthoStreamMissing
 from libortho.linear import read_linear
-from libortho.methods.spectral import RankRatio, SpectralConfig, rank_ratio_for, split_spectral
+from libortho.methods.spectral import (
+    RankRatio,
+    SpectralConfig,
+    rank_ratio_for,
+    spectral_base,
+    split_spectral,
+)
 from libortho.ortho import OrthoStream
 from libortho.report import LayerReport, measure_layer
 
@@ -25,8 +31,8 @@ class OrthoLinear(nn.Module):
     """A linear layer as base stream + alpha * ortho stream.
 
     `OrthoLinear(layer, ...)` runs the original, data-free recipe on one layer (see
-    `SpectralConfig` for every argument and its meaning). `OrthoLinear.from_streams` installs a
-    split made by any method.
+    `SpectralConfig` and `spectral_base` for every argument and its meaning).
+    `OrthoLinear.from_streams` installs a split made by any method.
 
     Attributes:
         base: the dense stream.
@@ -52,7 +58,7 @@ class OrthoLinear(nn.Module):
         rank_ratio: float = 0.95,
         use_low_rank: bool = True,
         *,
-        scale: Scale = "percentile",
+        scale: Scale | None = None,
         svd: Svd = "exact",
         selection: Selection = "relative",
         storage: Storage = "int8",
@@ -65,7 +71,7 @@ class OrthoLinear(nn.Module):
             use_low_rank=use_low_rank,
             svd=svd,
             selection=selection,
-            base=BaseConfig(storage=storage, scale=scale, group_size=group_size),
+            base=spectral_base(storage, scale, group_size),
             ortho_dtype=ortho_dtype,
         )
         weight, bias = read_linear(original_layer, "original_layer")
@@ -165,7 +171,7 @@ def replace_linear_layers(
     rank_ratio: RankRatio = 0.95,
     use_low_rank: bool = True,
     *,
-    scale: Scale = "percentile",
+    scale: Scale | None = None,
     svd: Svd = "exact",
     selection: Selection = "relative",
     storage: Storage = "int8",
@@ -180,7 +186,7 @@ def replace_linear_layers(
         ratio: `ortho_ratio` of every layer, a fraction.
         rank_ratio: a fraction, or a mapping from module names (suffix or regular expression) to
             fractions that covers every matched layer.
-        Others: as `SpectralConfig`.
+        Others: as `SpectralConfig` and `spectral_base`.
 
     Returns:
         The same `model`. `separation_report(model)` has the per-layer numbers.
@@ -200,7 +206,7 @@ def replace_linear_layers(
             use_low_rank=use_low_rank,
             svd=svd,
             selection=selection,
-            base=BaseConfig(storage=storage, scale=scale, group_size=group_size),
+            base=spectral_base(storage, scale, group_size),
             ortho_dtype=ortho_dtype,
         )
         weight, bias = read_linear(module, name)

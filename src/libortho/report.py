@@ -80,8 +80,7 @@ def measure_layer(name: str, method: str, weight: Tensor, split: Split) -> Layer
     base_square = final_square = weight_square = torch.zeros((), dtype=torch.float64)
     for rows in reference.row_blocks(weight.shape[0], weight.shape[1], 4):
         block = weight[rows].float()
-        scale = None if base.scale is None else base.scale[rows]
-        error = reference.dequantize_rows(base.qdata[rows], scale, torch.float32) - block
+        error = base.dequantize(torch.float32, rows) - block
         weight_square = weight_square + block.double().square().sum().cpu()
         base_square = base_square + error.double().square().sum().cpu()
         final_square = final_square + (error + dense[rows]).double().square().sum().cpu()

@@ -16,6 +16,7 @@ from torch import nn
 
 import libortho
 from libortho.alpha import alpha_scope, ortho_layers
+from libortho.base import check_width
 from libortho.config import to_dict
 from libortho.data.general import general_text
 from libortho.data.tokens import Template, Tokens, as_tokens, collate
@@ -115,6 +116,8 @@ def separate_(
     journal = Journal(progress)
     layers = select_linear(model, config.target_modules)
     linears = {name: read_linear(layer, name) for name, layer in layers.items()}
+    for name, (weight, _) in linears.items():
+        check_width(weight.shape[1], config.method.base, name)
 
     def tokens(items: Sequence[Any], label: str) -> list[Tokens]:
         return _checked_tokens(model, items, label, tokenizer, config.template)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from libortho.base import HalfBase, Int8Base, quantize
+from libortho.base import HalfBase, Int8Base, error_feedback, quantize
 from libortho.config import BaseConfig
 from libortho.kernels import reference
 
@@ -21,6 +21,11 @@ def stored(weight: Tensor, **config: object) -> tuple[Tensor, Tensor]:
     assert isinstance(base, Int8Base)
     assert base.scale is not None
     return base.qdata, base.scale
+
+
+def small(storage: str) -> BaseConfig:
+    """A config for layers of 8 columns."""
+    return BaseConfig(storage=storage, group_size=4 if storage == "int4" else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -144,29 +149,45 @@ def test_fp16_overflow() -> None:
 
 def test_quantising_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(23, 10)
-    for config in (BaseConfig(), BaseConfig(scale="percentile", group_size=5)):
-        whole = quantize(weight, config)
+    moment = torch.randn(40, 10)
+    moment = moment.T @ moment
+    for config in (
+        BaseConfig(),
+        BaseConfig(scale="percentile", group_size=5),
+        BaseConfig(storage="int4", group_size=5, rounding="nearest"),
+        BaseConfig(storage="int4", group_size=5),
+    ):
+        whole = quantize(weight, config, moment)
         monkeypatch.setattr(reference, "BLOCK_BYTES", 100)
-        blocks = quantize(weight, config)
+        monkeypatch.setattr(error_feedback, "ROW_BYTES", 100)
+        blocks = quantize(weight, config, moment)
         monkeypatch.undo()
-        assert torch.equal(whole.qdata, blocks.qdata)
-        assert torch.equal(whole.scale, blocks.scale)
+        assert whole.state_dict().keys() == blocks.state_dict().keys()
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(tensor, blocks.state_dict()[name])
 
 
 def test_quantising_leaves_its_argument_alone() -> None:
-    weight = torch.randn(4, 6)
+    weight, moment = torch.randn(4, 6), torch.eye(6)
     before = weight.clone()
-    for config in (BaseConfig(), BaseConfig(scale="percentile"), BaseConfig(storage="fp16")):
-        quantize(weight, config)
+    for config in (
+        BaseConfig(),
+        BaseConfig(scale="percentile"),
+        BaseConfig(storage="fp16"),
+        BaseConfig(storage="int4", group_size=3),
+        BaseConfig(storage="int4", group_size=3, rounding="nearest"),
+    ):
+        quantize(weight, config, moment)
         assert torch.equal(weight, before)
+        assert torch.equal(moment, torch.eye(6))
 
 
-@pytest.mark.parametrize("storage", ["int8", "fp16"])
+@pytest.mark.parametrize("storage", ["int8", "int4", "fp16"])
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
 def test_a_cast_of_the_model_leaves_the_data_alone(storage: str, cast: str) -> None:
     # Scales that neither fp16 nor bf16 can hold.
-    weight = torch.randn(6, 8) * 1e-7 if storage == "int8" else torch.randn(6, 8)
-    model = nn.Sequential(quantize(weight, BaseConfig(storage=storage)), nn.Linear(6, 2))
+    weight = torch.randn(6, 8) if storage == "fp16" else torch.randn(6, 8) * 1e-7
+    model = nn.Sequential(quantize(weight, small(storage)), nn.Linear(6, 2))
     before = copy.deepcopy(model[0].state_dict())
     dtype = getattr(getattr(model, cast)()[1], "weight").dtype  # noqa: B009
     after = model[0].state_dict()
@@ -177,16 +198,16 @@ def test_a_cast_of_the_model_leaves_the_data_alone(storage: str, cast: str) -> N
     assert model(torch.randn(3, 8).to(dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("storage", ["int8", "fp16"])
+@pytest.mark.parametrize("storage", ["int8", "int4", "fp16"])
 def test_forward(storage: str) -> None:
-    base = quantize(torch.randn(5, 8), BaseConfig(storage=storage))
+    base = quantize(torch.randn(5, 8), small(storage))
     x = torch.randn(2, 3, 8)
     torch.testing.assert_close(base(x), x @ base.dequantize().T)
 
 
-@pytest.mark.parametrize("storage", ["int8", "fp16"])
+@pytest.mark.parametrize("storage", ["int8", "int4", "fp16"])
 def test_state_dict_round_trip(storage: str) -> None:
-    config = BaseConfig(storage=storage)
+    config = small(storage)
     source, target = quantize(torch.randn(5, 8), config), quantize(torch.zeros(5, 8), config)
     target.load_state_dict(source.state_dict())
     assert torch.equal(target.dequantize(), source.dequantize())

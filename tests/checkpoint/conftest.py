@@ -91,6 +91,7 @@ BASES = {
     "fp16": BaseConfig(storage="fp16"),
     "int8": BaseConfig(storage="int8"),
     "grouped": BaseConfig(storage="int8", group_size=8),
+    "int4": BaseConfig(storage="int4", group_size=8),
 }
 IDS = torch.tensor([[5, 9, 3, 41, 17, 22, 8, 60], [1, 7, 7, 30, 2, 11, 59, 4]])
 

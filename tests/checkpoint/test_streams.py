@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from libortho import CheckpointError
-from libortho.checkpoint import load_split
+from libortho import BaseConfig, CheckpointError
+from libortho.checkpoint import load_split, save_split
 
 LAYER = "model.layers.0.mlp.down_proj"
 
@@ -90,3 +90,51 @@ def test_a_scale_whose_groups_do_not_divide_the_columns(edit, rewrite, copy: Pat
     edit(copy, lambda m: m["tensors"][f"{LAYER}.base.scale"].update(shape=[24, 7]))
     with pytest.raises(CheckpointError, match="7 groups, which do not divide 40 columns"):
         load_split(copy)
+
+
+@pytest.fixture
+def int4_copy(split_model, tmp_path: Path) -> Path:
+    base = BaseConfig(storage="int4", group_size=8)
+    save_split(split_model(kind="sparse", base=base), tmp_path / "int4")
+    return tmp_path / "int4"
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "match"),
+    [
+        ("qdata", torch.zeros(24, 40).byte(), r"qdata is \[24, 40\]: expected \[24, 20\]"),
+        ("qdata", torch.zeros(24, 20).char(), "qdata is I8: expected U8"),
+        ("scale", torch.ones(24, 5), "scale is F32: expected BF16"),
+        ("scale", torch.ones(24, 7).bfloat16(), "7 groups, which do not divide 40 columns"),
+        ("scale", torch.ones(120).bfloat16(), r"scale is \[120\]: expected \[24, 120\]"),
+        ("zero", torch.zeros(24, 4).byte(), r"zero is \[24, 4\]: expected \[24, 5\]"),
+        ("zero", torch.zeros(24, 5), "zero is F32: expected U8"),
+        ("zero", None, "base.zero is missing"),
+    ],
+)
+def test_wrong_int4_tensors(
+    edit, rewrite, part: str, tensor: torch.Tensor | None, match: str, int4_copy: Path, request
+) -> None:
+    request.getfixturevalue("forbid_building")
+    name = f"{LAYER}.base.{part}"
+    if tensor is None:
+        rewrite(int4_copy, "base", lambda tensors: tensors.pop(name))
+        edit(int4_copy, lambda m: m["tensors"].pop(name))
+    else:
+        rewrite(int4_copy, "base", _put(name, tensor))
+        dtype = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16"}.get(tensor.dtype)
+        written = {"dtype": dtype or "F32", "shape": list(tensor.shape)}
+        edit(int4_copy, lambda m: m["tensors"].update({name: written}))
+    with pytest.raises(CheckpointError, match=match):
+        load_split(int4_copy)
+
+
+def test_int4_has_no_odd_width_and_int8_no_zero(edit, int4_copy: Path) -> None:
+    before = (int4_copy / "libortho.json").read_text()
+    edit(int4_copy, lambda m: m["layers"][LAYER].update(shape=[24, 41]))
+    with pytest.raises(CheckpointError, match="41 columns: int4 packs two to a byte"):
+        load_split(int4_copy)
+    (int4_copy / "libortho.json").write_text(before)
+    edit(int4_copy, lambda m: m["layers"][LAYER].update(base="int8"))
+    with pytest.raises(CheckpointError, match=r"base\.zero does not belong .* int8 base"):
+        load_split(int4_copy)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from libortho.checkpoint import read_manifest
 from libortho.cli import app
 
 QUESTIONS = [
@@ -114,6 +115,11 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
         (["--ortho-ratio", "1.5"], "ortho_ratio=1.5"),
         (["--method", "magic"], "expected geometric or spectral"),
         (["--template", "latin"], "expected plain or chat"),
+        (["--base", "int3"], "--base 'int3': expected int8, int4 or fp16"),
+        (
+            ["--base", "int4", "--target", "q_proj"],
+            "does not divide the 32 input features of model.layers.0",
+        ),
         (["--unseen", "missing.jsonl"], "no such file"),
         (["--before", "./missing"], "missing"),
     ],
@@ -124,6 +130,16 @@ def test_bad_arguments_are_one_line_and_leave_nothing(folder: Path, more, told: 
     assert told in " ".join(made.output.split())
     assert "Traceback" not in made.output
     assert not (folder / "split").exists()
+
+
+@pytest.mark.parametrize("method", ["geometric", "spectral"])
+@pytest.mark.parametrize("base", ["int4", "fp16"])
+def test_base_storage(folder: Path, method: str, base: str) -> None:
+    made = separate(folder, "--base", base, "--method", method)
+    assert made.exit_code in (0, 3), made.output
+    layers = read_manifest(folder / "split").layers
+    assert {layer.base for layer in layers.values()} == {base}
+    assert {layer.report.method for layer in layers.values()} == {method}
 
 
 def test_a_corrupt_line_is_named(folder: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,14 +28,27 @@ class Case:
 
     def __init__(self, kind: str, out_features: int, in_features: int, groups: int = 1) -> None:
         draw = torch.Generator().manual_seed(out_features * 1000 + in_features)
+        if kind == "int4":
+            in_features += in_features % 2  # two to a byte: an odd width does not exist
         shape = (out_features, in_features)
         self.kind, self.shape = kind, shape
+        self.zero = None
         if kind == "int8":
             self.qdata = torch.randint(-127, 128, shape, generator=draw, dtype=torch.int8)
             # Scales of ten bits: qdata * scale is exact in fp32, so fp64 can be tested tightly.
             self.scale = torch.randint(1, 1024, (out_features, groups), generator=draw) / 2.0**17
             wide = self.scale.double().repeat_interleave(in_features // groups, dim=1)
             self.exact = self.qdata.double() * wide
+        elif kind == "int4":
+            codes = torch.randint(0, 16, shape, generator=draw)
+            self.qdata = (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+            self.scale = (torch.rand(out_features, groups, generator=draw) / 4 + 1e-3).bfloat16()
+            self.zero = torch.randint(0, 241, (out_features, groups), generator=draw).byte()
+            scale, zero = (
+                part.double().repeat_interleave(in_features // groups, dim=1)
+                for part in (self.scale, self.zero)
+            )
+            self.exact = (codes - zero / 16) * scale
         elif kind == "fp16":
             self.qdata = torch.randn(shape, generator=draw).half()
             self.scale = None
@@ -63,10 +78,10 @@ class Case:
             return reference.csr_linear(x, self.crow, self.col, self.values, self.shape)
         if self.kind == "low_rank":
             return reference.low_rank_linear(x, self.left, self.right)
-        return reference.dense_linear(x, self.qdata, self.scale)
+        return reference.dense_linear(x, self.qdata, self.scale, self.zero)
 
 
-KINDS = ["int8", "fp16", "csr", "low_rank"]
+KINDS = ["int8", "int4", "fp16", "csr", "low_rank"]
 
 
 @pytest.mark.parametrize(("dtype", "atol", "rtol"), TOLERANCES)
@@ -76,7 +91,7 @@ def test_product_and_gradient(
     kind: str, rows: int, in_features: int, out_features: int, dtype, atol: float, rtol: float
 ) -> None:
     case = Case(kind, out_features, in_features)
-    x = torch.randn(rows, in_features).to(dtype).requires_grad_()
+    x = torch.randn(rows, case.shape[1]).to(dtype).requires_grad_()
     seen = torch.randn(rows, out_features).to(dtype)
     y = case(x)
     y.backward(seen)
@@ -95,12 +110,12 @@ def test_product_and_gradient(
 @pytest.mark.parametrize("kind", KINDS)
 def test_leading_dimensions(kind: str, leading: tuple[int, ...]) -> None:
     case = Case(kind, 41, 7)
-    x = torch.randn(*leading, 7, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(*leading, case.shape[1], dtype=torch.float64, requires_grad=True)
     y = case(x)
     assert y.shape == (*leading, 41)
     torch.testing.assert_close(y, x @ case.exact.T)
     (grad,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(grad, case.exact.sum(0).expand(*leading, 7))
+    torch.testing.assert_close(grad, case.exact.sum(0).expand(*leading, -1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,11 +136,34 @@ def test_gradcheck(kind: str) -> None:
     assert torch.autograd.gradcheck(case, (x,))
 
 
-@pytest.mark.parametrize("groups", [1, 2, 6])
-def test_groups_of_columns(groups: int) -> None:
-    case = Case("int8", 5, 12, groups)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("groups", [1, 2, 4, 6, 12])
+def test_groups_of_columns(kind: str, groups: int) -> None:
+    case = Case(kind, 5, 12, groups)
     x = torch.randn(3, 12, dtype=torch.float64)
     torch.testing.assert_close(case(x), x @ case.exact.T, atol=1e-12, rtol=1e-12)
+
+
+@given(rows=st.integers(0, 9), half=st.integers(0, 9), seed=st.integers(0, 2**16))
+def test_packing_round_trip(rows: int, half: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (rows, 2 * half), generator=draw, dtype=torch.uint8)
+    packed = reference.pack_int4(codes)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (rows, half))
+    assert torch.equal(reference.unpack_int4(packed), codes)
+
+
+def test_packing_order() -> None:
+    # The order on disk: the low half of a byte is the column to the left.
+    assert reference.pack_int4(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8)).tolist() == [
+        [0x21, 0x0F]
+    ]
+
+
+def test_int4_is_exact_in_fp32() -> None:
+    case = Case("int4", 41, 130, 13)
+    found = reference.dequantize_rows(case.qdata, case.scale, torch.float32, case.zero)
+    assert torch.equal(found.double(), case.exact)
 
 
 def test_bf16_weight_is_rounded_once() -> None:
@@ -169,7 +207,7 @@ def test_row_blocks_cover_all_rows_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["int8", "fp16"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp16"])
 def test_dequantised_blocks_are_bounded(
     monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
 ) -> None:
@@ -186,7 +224,7 @@ def test_dequantised_blocks_are_bounded(
 
     monkeypatch.setattr(reference, "BLOCK_BYTES", 256)
     monkeypatch.setattr(reference, "_block", recording)
-    x = torch.randn(9, 7).to(dtype).requires_grad_()
+    x = torch.randn(9, case.shape[1]).to(dtype).requires_grad_()
     y = case(x)
     assert sum(rows) == 41
     assert len(rows) > 1
@@ -213,7 +251,7 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["int8", "fp16"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp16"])
 def test_temporaries_are_bounded(
     monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
 ) -> None:
@@ -229,9 +267,10 @@ def test_temporaries_are_bounded(
     assert largest.nbytes <= 4096
 
 
-def test_saves_the_stored_weight_only() -> None:
-    case = Case("int8", 41, 7)
-    x = torch.randn(9, 7, requires_grad=True)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_saves_the_stored_weight_only(kind: str) -> None:
+    case = Case(kind, 41, 8)
+    x = torch.randn(9, 8, requires_grad=True)
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -240,4 +279,5 @@ def test_saves_the_stored_weight_only() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         case(x)
-    assert {t.data_ptr() for t in saved} == {case.qdata.data_ptr(), case.scale.data_ptr()}
+    stored = [t for t in (case.qdata, case.scale, case.zero) if t is not None]
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in stored}

@@ -1,8 +1,10 @@
-"""How the dense base stream is stored: `quantize(weight, config)` makes one of the forms below.
+"""How the dense base stream is stored: `quantize(weight, config, moment)` makes one of its forms.
 
 Every form is a `BaseStream`: a module of buffers that multiplies, dequantises and counts its bytes.
 """
 
-from libortho.base.streams import BaseStream, HalfBase, Int8Base, quantize
+from libortho.base.grid import check_width
+from libortho.base.quantiser import quantize
+from libortho.base.streams import BaseStream, HalfBase, Int4Base, Int8Base
 
-__all__ = ["BaseStream", "HalfBase", "Int8Base", "quantize"]
+__all__ = ["BaseStream", "HalfBase", "Int4Base", "Int8Base", "check_width", "quantize"]

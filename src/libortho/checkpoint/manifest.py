@@ -41,7 +41,7 @@ class TensorEntry:
     """One tensor of `base.safetensors`.
 
     Attributes:
-        dtype: as safetensors names it ("F32", "BF16", "I8").
+        dtype: as safetensors names it ("F32", "BF16", "I8", "U8").
         shape: its dimensions.
     """
 
@@ -55,7 +55,7 @@ class LayerEntry:
 
     Attributes:
         shape: (out_features, in_features).
-        base: storage of the base stream.
+        base: storage of the base stream; `checkpoint.streams` lists the tensors of each.
         ortho: form of the ortho stream; None where the layer was saved without one.
         report: how it was split, when that is known.
     """

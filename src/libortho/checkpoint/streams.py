@@ -1,5 +1,17 @@
 """Between stream objects and named tensors: which tensors each form has, and what is valid there.
 
+The base stream of a layer `<name>` of shape (out, in), by the manifest's `base`:
+
+    fp16    <name>.base.qdata F16 (out, in)
+    int8    <name>.base.qdata I8 (out, in), <name>.base.scale F32 (out, groups)
+    int4    <name>.base.qdata U8 (out, in / 2), <name>.base.scale BF16 (out, groups),
+            <name>.base.zero U8 (out, groups)
+
+with groups dividing in; `libortho.kernels.reference` says what the numbers mean. The ortho stream:
+
+    sparse      <name>.ortho.crow I32 (out + 1), .col I32 (nnz), .values floating (nnz)
+    low_rank    <name>.ortho.left floating (out, rank), .right of the same dtype (rank, in)
+
 A new form of the base or ortho stream is added here, and nowhere else in this package.
 """
 
@@ -10,14 +22,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from libortho.base import BaseStream, HalfBase, Int8Base
+from libortho.base import BaseStream, HalfBase, Int4Base, Int8Base
 from libortho.checkpoint.manifest import LayerEntry, TensorEntry
 from libortho.config import Storage
 from libortho.ortho import LowRankOrtho, OrthoStream, SparseOrtho
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 
-BASE_TENSORS: dict[Storage, tuple[str, ...]] = {"fp16": ("qdata",), "int8": ("qdata", "scale")}
+BASE_TENSORS: dict[Storage, tuple[str, ...]] = {
+    "fp16": ("qdata",),
+    "int8": ("qdata", "scale"),
+    "int4": ("qdata", "scale", "zero"),
+}
+BASE_TYPES: dict[type[BaseStream], Storage] = {HalfBase: "fp16", Int8Base: "int8", Int4Base: "int4"}
 ORTHO_TENSORS: dict[str, tuple[str, ...]] = {
     "sparse": ("crow", "col", "values"),
     "low_rank": ("left", "right"),
@@ -26,11 +43,10 @@ ORTHO_TENSORS: dict[str, tuple[str, ...]] = {
 
 def storage_of(base: BaseStream, name: str) -> Storage:
     """The manifest's word for a base stream; TypeError where the format has none."""
-    if type(base) is HalfBase:
-        return "fp16"
-    if type(base) is Int8Base:
-        return "int8"
-    raise TypeError(f"{name}.base is a {type(base).__name__}: expected HalfBase or Int8Base")
+    if type(base) in BASE_TYPES:
+        return BASE_TYPES[type(base)]
+    expected = ", ".join(kind.__name__ for kind in BASE_TYPES)
+    raise TypeError(f"{name}.base is a {type(base).__name__}: expected one of {expected}")
 
 
 def base_names(name: str, layer: LayerEntry) -> dict[str, str]:
@@ -45,9 +61,11 @@ def ortho_names(name: str, layer: LayerEntry) -> dict[str, str]:
 
 
 def make_base(layer: LayerEntry, tensors: Mapping[str, Tensor]) -> BaseStream:
-    """The base stream of a layer from its tensors by short name ("qdata", "scale")."""
+    """The base stream of a layer from its tensors by short name ("qdata", "scale", "zero")."""
     if layer.base == "fp16":
         return HalfBase(tensors["qdata"])
+    if layer.base == "int4":
+        return Int4Base(tensors["qdata"], tensors["scale"], tensors["zero"])
     return Int8Base(tensors["qdata"], tensors["scale"])
 
 
@@ -70,16 +88,24 @@ def check_base_layer(name: str, layer: LayerEntry, entries: Mapping[str, TensorE
         if full != f"{name}.bias":
             raise ValueError(f"{full} does not belong to a split layer with a {layer.base} base")
         _expect(full, entries[full], FLOATS, (rows,))
-    dtype = "F16" if layer.base == "fp16" else "I8"
-    _expect(names["qdata"], entries[names["qdata"]], (dtype,), (rows, columns))
-    if layer.base == "int8":
+    if layer.base == "int4" and columns % 2:
+        raise ValueError(f"layers.{name} has {columns} columns: int4 packs two to a byte")
+    dtype, width = {
+        "fp16": ("F16", columns),
+        "int8": ("I8", columns),
+        "int4": ("U8", columns // 2),
+    }[layer.base]
+    _expect(names["qdata"], entries[names["qdata"]], (dtype,), (rows, width))
+    if layer.base != "fp16":
         scale = entries[names["scale"]]
         groups = scale.shape[-1] if scale.shape else 0
-        _expect(names["scale"], scale, ("F32",), (rows, groups))
+        _expect(names["scale"], scale, ("F32" if layer.base == "int8" else "BF16",), (rows, groups))
         if groups < 1 or columns % groups:
             raise ValueError(
                 f"{names['scale']} has {groups} groups, which do not divide {columns} columns"
             )
+        if layer.base == "int4":
+            _expect(names["zero"], entries[names["zero"]], ("U8",), (rows, groups))
 
 
 def check_ortho_layer(name: str, layer: LayerEntry, entries: Mapping[str, TensorEntry]) -> None:

@@ -37,19 +37,27 @@ OrthoRatio = Annotated[
     float, typer.Option(help="Ortho parameters over the targeted layers' parameters, a fraction.")
 ]
 Method = Annotated[str, typer.Option(help="geometric, or spectral (the original, data-free).")]
+Base = Annotated[
+    str, typer.Option(help="How the base is stored: int8, int4 (in groups of 64) or fp16.")
+]
 TemplateOption = Annotated[
     str, typer.Option("--template", help="How a question becomes a prompt: plain or chat.")
 ]
 
 
-def _method(name: str, ortho_ratio: float, seed: int, **more: Any) -> Any:
+def _method(name: str, ortho_ratio: float, seed: int, base: str, **more: Any) -> Any:
+    from libortho.config import BaseConfig
     from libortho.methods.geometric import GeometricConfig
-    from libortho.methods.spectral import SpectralConfig
+    from libortho.methods.spectral import SpectralConfig, spectral_base
 
+    if base not in ("int8", "int4", "fp16"):
+        raise ValueError(f"--base {base!r}: expected int8, int4 or fp16")
     if name == "geometric":
-        return GeometricConfig(ortho_ratio=ortho_ratio, seed=seed, **more)
+        stored = BaseConfig(storage=base)  # type: ignore[arg-type]
+        return GeometricConfig(ortho_ratio=ortho_ratio, seed=seed, base=stored, **more)
     if name == "spectral":
-        return SpectralConfig(ortho_ratio=ortho_ratio, seed=seed)
+        stored = spectral_base(base)  # type: ignore[arg-type]
+        return SpectralConfig(ortho_ratio=ortho_ratio, seed=seed, base=stored)
     raise ValueError(f"--method {name!r}: expected geometric or spectral")
 
 
@@ -79,6 +87,7 @@ def tofu(
     target: Targets = ["down_proj"],  # noqa: B006 - typer wants the default as a list
     method: Method = "geometric",
     ortho_ratio: OrthoRatio = 0.01,
+    base: Base = "int8",
     reference: Annotated[
         bool, typer.Option(help="Also fine-tune a model that never sees the forget authors.")
     ] = True,
@@ -113,7 +122,7 @@ def tofu(
             task=task,
             recipe=MemoriseConfig(seed=seed),
             separation=SeparationConfig(
-                method=_method(method, ortho_ratio, seed), target_modules=tuple(target)
+                method=_method(method, ortho_ratio, seed, base), target_modules=tuple(target)
             ),
             template=_template(template),
             reference=reference,
@@ -155,6 +164,7 @@ def separate(
     target: Targets = ["down_proj"],  # noqa: B006
     method: Method = "geometric",
     ortho_ratio: OrthoRatio = 0.01,
+    base: Base = "int8",
     template: TemplateOption = "plain",
     json_file: Json = None,
     seed: Seed = 0,
@@ -175,7 +185,7 @@ def separate(
         # Everything that can be wrong with the arguments is found before the model is loaded.
         more: dict[str, Any] = {} if target_nll is None else {"target_nll": target_nll}
         config = SeparationConfig(
-            method=_method(method, ortho_ratio, seed, **more),
+            method=_method(method, ortho_ratio, seed, base, **more),
             target_modules=tuple(target),
             template=_template(template),
         )

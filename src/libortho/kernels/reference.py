@@ -5,6 +5,17 @@ All weights are constants here: gradients flow to `x` only. Each product is an
 never to a dequantised copy, and works through the weight in blocks of rows so that no temporary
 exceeds `BLOCK_BYTES` (plus the result itself).
 
+Stored forms of a dense W, told apart by what stands beside `qdata`:
+
+    fp16    qdata (out_features, in_features) floating
+    int8    qdata (out_features, in_features) int8; scale (out_features, groups) fp32
+            W = qdata * scale
+    int4    qdata (out_features, in_features / 2) uint8, two codes 0..15 to a byte (`pack_int4`);
+            scale (out_features, groups) bf16; zero (out_features, groups) uint8, in 16ths of a code
+            W = (code - zero / 16) * scale, exact in fp32
+
+A group is in_features / groups neighbouring columns.
+
 Shapes: `x: (..., in_features)`, result `(..., out_features)` in the dtype of `x`.
 """
 
@@ -21,78 +32,117 @@ BLOCK_BYTES = 8 * 2**20
 """Upper bound, in bytes, of the dequantised block that a product holds at one time."""
 
 
-def row_blocks(rows: int, columns: int, element_size: int) -> Iterator[slice]:
-    """Slices of `rows` whose (slice, columns) block takes at most `BLOCK_BYTES` (or is one row)."""
-    step = max(1, BLOCK_BYTES // max(1, columns * element_size))
+ZERO_STEPS = 16
+"""Steps of an INT4 zero point to one code."""
+
+
+def row_blocks(
+    rows: int, columns: int, element_size: int, limit: int | None = None
+) -> Iterator[slice]:
+    """Slices of `rows` whose (slice, columns) block takes at most `limit` bytes (or is one row).
+
+    `limit` is `BLOCK_BYTES` unless given.
+    """
+    step = max(1, (limit or BLOCK_BYTES) // max(1, columns * element_size))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def dequantize_rows(qdata: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A block of stored rows as numbers of `dtype`.
+def pack_int4(codes: Tensor) -> Tensor:
+    """Two codes to a byte: columns 2j and 2j + 1 are the low and the high half of byte j.
 
     Args:
-        qdata: (rows, in_features), int8 or floating.
-        scale: (rows, groups) fp32, groups dividing in_features; None where `qdata` is the weight.
+        codes: (rows, columns) uint8, 0..15, columns even.
+
+    Returns:
+        (rows, columns / 2) uint8.
+    """
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_int4(qdata: Tensor) -> Tensor:
+    """The codes, (rows, columns) uint8, of (rows, columns / 2) packed bytes."""
+    return torch.stack((qdata & 15, qdata >> 4), dim=-1).flatten(-2)
+
+
+def dequantize_rows(
+    qdata: Tensor, scale: Tensor | None, dtype: torch.dtype, zero: Tensor | None = None
+) -> Tensor:
+    """A block of stored rows as (rows, in_features) numbers of `dtype`.
+
+    Args:
+        qdata, scale, zero: rows of a stored weight; see the module's text. groups divide
+            in_features.
         dtype: the floating dtype of the result.
     """
     if scale is None:
         return qdata.to(dtype)
-    rows, columns = qdata.shape
+    codes = qdata if zero is None else unpack_int4(qdata)
     # The product is taken in fp32 even for a bf16 result: one rounding, not two. (So a block's
     # bytes are counted at no less than four an element.)
-    grouped = qdata.reshape(rows, scale.shape[1], -1).float() * scale.unsqueeze(-1)
-    return grouped.reshape(rows, columns).to(dtype)
+    grouped = codes.reshape(codes.shape[0], scale.shape[1], -1).float()
+    if zero is not None:
+        grouped = grouped - (zero.float() / ZERO_STEPS).unsqueeze(-1)
+    return (grouped * scale.unsqueeze(-1)).reshape(codes.shape).to(dtype)
 
 
 def _block(
-    qdata: Tensor, scale: Tensor | None, rows: slice, dtype: torch.dtype
+    qdata: Tensor, scale: Tensor | None, zero: Tensor | None, rows: slice, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Some rows as a matrix of `dtype`, and the factor (rows,) that its products still lack.
 
-    In bf16, a scale that a whole row shares is taken out of the product: int8 is exact there, so
-    nothing is rounded before the sum, and one multiplication an output is cheaper than one a
-    weight. (In fp16 a sum of numbers up to 127 would overflow.)
+    In bf16, a scale that a whole row of int8 shares is taken out of the product: int8 is exact
+    there, so nothing is rounded before the sum, and one multiplication an output is cheaper than
+    one a weight. (In fp16 a sum of numbers up to 127 would overflow.)
     """
-    if scale is not None and scale.shape[1] == 1 and dtype == torch.bfloat16:
-        return qdata[rows].to(dtype), scale[rows, 0]
-    return dequantize_rows(qdata[rows], None if scale is None else scale[rows], dtype), None
+    part = qdata[rows]
+    if scale is None:
+        return dequantize_rows(part, None, dtype), None
+    if zero is not None:
+        return dequantize_rows(part, scale[rows], dtype, zero[rows]), None
+    if scale.shape[1] == 1 and dtype == torch.bfloat16:
+        return part.to(dtype), scale[rows, 0]
+    return dequantize_rows(part, scale[rows], dtype), None
 
 
 class _DenseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, qdata: Tensor, scale: Tensor | None) -> Tensor:
-        ctx.save_for_backward(qdata, scale)
-        out_features, in_features = qdata.shape
+    def forward(
+        ctx: Any, x: Tensor, qdata: Tensor, scale: Tensor | None, zero: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(qdata, scale, zero)
+        out_features, in_features = qdata.shape[0], x.shape[-1]
         y = x.new_empty(*x.shape[:-1], out_features)
         for rows in row_blocks(out_features, in_features, max(4, x.element_size())):
-            matrix, factor = _block(qdata, scale, rows, x.dtype)
+            matrix, factor = _block(qdata, scale, zero, rows, x.dtype)
             part = x @ matrix.T
             y[..., rows] = part if factor is None else part * factor
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
-        qdata, scale = ctx.saved_tensors
-        out_features, in_features = qdata.shape
+        qdata, scale, zero = ctx.saved_tensors
+        out_features = qdata.shape[0]
+        in_features = qdata.shape[1] * (1 if zero is None else 2)
         grad_x = grad.new_zeros(*grad.shape[:-1], in_features)
         for rows in row_blocks(out_features, in_features, max(4, grad.element_size())):
-            matrix, factor = _block(qdata, scale, rows, grad.dtype)
+            matrix, factor = _block(qdata, scale, zero, rows, grad.dtype)
             part = grad[..., rows]
             grad_x += (part if factor is None else (part * factor).to(matrix.dtype)) @ matrix
-        return grad_x, None, None
+        return grad_x, None, None, None
 
 
-def dense_linear(x: Tensor, qdata: Tensor, scale: Tensor | None = None) -> Tensor:
-    """`x @ W.T` for a stored dense W = qdata * scale.
+def dense_linear(
+    x: Tensor, qdata: Tensor, scale: Tensor | None = None, zero: Tensor | None = None
+) -> Tensor:
+    """`x @ W.T` for a stored dense W.
 
     Args:
         x: (..., in_features), any floating dtype.
-        qdata: (out_features, in_features), int8 with a scale, or fp16/bf16/fp32 without.
-        scale: (out_features, groups) fp32 or None.
+        qdata, scale, zero: the stored weight; see the module's text.
     """
-    result: Tensor = _DenseLinear.apply(x, qdata, scale)
+    result: Tensor = _DenseLinear.apply(x, qdata, scale, zero)
     return result
 
 

@@ -54,7 +54,7 @@ class GeometricConfig:
             model or unseen text says it; see `separate_`.
         tolerance: how far above its target the forget probability may end, as a fraction of the
             target (and by at most 0.05 in all), before the report calls it not reached.
-        base: how the base is stored.
+        base: how the base is stored; rounded against the retain metric where it reads a moment.
         ortho_dtype: dtype of the factors.
         seed: of the randomised truncation and of sampled labels.
     """
@@ -123,6 +123,10 @@ class Metric:
 
     factor: Tensor
     scale: float = 1.0
+
+    def moment(self) -> Tensor:
+        """M = L L^T, (in_features, in_features): E_retain[x x^T] with its ridge."""
+        return self.factor @ self.factor.T
 
     def whiten_gradient(self, gradient: Tensor) -> Tensor:
         """Gradient by D, (out, in) -> gradient by D L: G L^-T."""

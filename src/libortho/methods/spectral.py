@@ -19,7 +19,9 @@ from libortho.base import quantize
 from libortho.config import (
     BaseConfig,
     FactorDtype,
+    Scale,
     Selection,
+    Storage,
     Svd,
     check_choice,
     check_fraction,
@@ -35,6 +37,20 @@ EPSILON = 1e-8
 """Added to |W| in the relative error, so that a zero weight divides by something."""
 
 
+def spectral_base(
+    storage: Storage = "int8", scale: Scale | None = None, group_size: int | None = None
+) -> BaseConfig:
+    """How the original recipe stores a base: INT8 with a percentile scale.
+
+    Args:
+        storage, group_size: as `BaseConfig`.
+        scale: None is "percentile" for int8, and what `BaseConfig` makes of it otherwise.
+    """
+    if storage == "int8" and scale is None:
+        scale = "percentile"
+    return BaseConfig(storage=storage, scale=scale, group_size=group_size)
+
+
 @dataclass(frozen=True)
 class SpectralConfig:
     """Configuration of the spectral method.
@@ -48,7 +64,7 @@ class SpectralConfig:
         svd: "exact" (through the Gram matrix) or "randomized" (faster where the rank is low).
         selection: which residual entries are kept: "relative" |r| / (|W| + 1e-8), "absolute" |r|,
             or "magnitude" |W|.
-        base: how the base is stored.
+        base: how the base is stored; rounded to nearest, since no data is looked at.
         ortho_dtype: dtype of the CSR values.
         fallback_error: relative Frobenius error of the low-rank part above which W is quantised
             directly, with a warning.
@@ -60,7 +76,7 @@ class SpectralConfig:
     use_low_rank: bool = True
     svd: Svd = "exact"
     selection: Selection = "relative"
-    base: BaseConfig = field(default_factory=lambda: BaseConfig(scale="percentile"))
+    base: BaseConfig = field(default_factory=spectral_base)
     ortho_dtype: FactorDtype = "float16"
     fallback_error: float = 0.20
     seed: int = 0
@@ -76,6 +92,11 @@ class SpectralConfig:
         check_choice("selection", self.selection, Selection)
         check_choice("ortho_dtype", self.ortho_dtype, FactorDtype)
         check_fraction("fallback_error", self.fallback_error, zero=True)
+        if self.base.rounding == "error_feedback":
+            raise ValueError(
+                "base.rounding='error_feedback' needs data, and the spectral method looks at none: "
+                "expected 'nearest' or None"
+            )
 
 
 def rank_ratio_for(rank_ratio: RankRatio, names: Sequence[str]) -> dict[str, float]:

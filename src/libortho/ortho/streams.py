@@ -6,12 +6,13 @@ from abc import abstractmethod
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from libortho.kernels import reference
+from libortho.stored import StoredModule
 
 
-class OrthoStream(nn.Module):
+class OrthoStream(StoredModule):
     """A small (out_features, in_features) matrix kept apart from the base.
 
     Attributes:
@@ -34,21 +35,6 @@ class OrthoStream(nn.Module):
     @abstractmethod
     def numel(self) -> int:
         """Stored numbers that make up the stream: entries of CSR, or of both factors."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored tensors, indices included."""
-        return sum(buffer.nbytes for buffer in self.buffers())
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # As for the base stream: moving device is fine, a cast would change what was stored.
-        stored = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, before in stored.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
 
 
 class SparseOrtho(OrthoStream):

@@ -54,7 +54,9 @@ def solve_geometric(problem: Problem, method: GeometricConfig) -> dict[str, Spli
             dtype = getattr(torch, method.ortho_dtype)
             ortho = LowRankOrtho.from_factors(-edits[name].left, edits[name].right, dtype)
             # What is stored of the factors, rounding included, is what the base must lack.
-            splits[name] = Split(quantize(weight.float() - ortho.dense(), method.base), ortho)
+            moment = metrics[name].moment() if method.base.reads_moment else None
+            base = quantize(weight.float() - ortho.dense(), method.base, moment)
+            splits[name] = Split(base, ortho)
         journal.tell("quantise", len(problem.weights), len(problem.weights))
     return splits
 
