@@ -64,27 +64,28 @@ def memorise_(
 
     Returns:
         Epochs run.
+
+    Raises:
+        FloatingPointError: a gradient is NaN or Inf.
     """
     order = random.Random(config.seed)
     model.train()
-    model.requires_grad_(True)
-    model.get_input_embeddings().requires_grad_(False)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    masters = [p.detach().float().clone().requires_grad_() for p in weights]
-    optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, weight_decay=0.0, fused=True)
+    weights = body_parameters(model)
+    model.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimizer = MasterWeights(weights)
     steps_per_epoch = math.ceil(len(items) / config.batch_size)
     step, epoch = 0, 0
     while epoch < config.max_epochs:
         epoch += 1
         probabilities: list[float] = []
-        for rows in _shuffled_batches(items, config.batch_size, order):
+        for rows in shuffled_batches(items, config.batch_size, order):
             step += 1
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, step / steps_per_epoch)
             batch = collate(items, rows)
             nll = token_nll(model, batch)
             nll.mean().backward()
-            _step(optimizer, masters, weights)
+            optimizer.step(config.learning_rate * min(1.0, step / steps_per_epoch))
             probabilities += [
                 math.exp(-float(answer.mean())) for answer in nll.detach().split(batch.counts)
             ]
@@ -102,20 +103,42 @@ def memorise_(
     return epoch
 
 
-def _step(
-    optimizer: torch.optim.Optimizer, masters: Sequence[Tensor], weights: Sequence[Tensor]
-) -> None:
-    for master, weight in zip(masters, weights, strict=True):
-        master.grad = None if weight.grad is None else weight.grad.float()
-        weight.grad = None
-    nn.utils.clip_grad_norm_(masters, 1.0)
-    optimizer.step()
-    with torch.no_grad():
-        for master, weight in zip(masters, weights, strict=True):
-            weight.copy_(master)
+def body_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """All parameters but the input embedding (and an output layer tied to it)."""
+    embedding = {id(p) for p in model.get_input_embeddings().parameters()}
+    return [p for p in model.parameters() if id(p) not in embedding]
 
 
-def _shuffled_batches(items: Sequence[Tokens], size: int, order: random.Random) -> list[list[int]]:
+class MasterWeights:
+    """AdamW (no weight decay, gradients clipped to norm 1) on fp32 copies of some weights."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._weights = list(weights)
+        self._masters = [w.detach().float().clone().requires_grad_() for w in weights]
+        self._optimizer = torch.optim.AdamW(self._masters, weight_decay=0.0, fused=True)
+
+    def step(self, learning_rate: float) -> None:
+        """One step along the weights' gradients, which are cleared.
+
+        Raises:
+            FloatingPointError: a gradient is NaN or Inf; the weights stay as they were.
+        """
+        for master, weight in zip(self._masters, self._weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        norm = nn.utils.clip_grad_norm_(self._masters, 1.0)
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(f"the gradient's norm is {float(norm)}: training diverged")
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        with torch.no_grad():
+            for master, weight in zip(self._masters, self._weights, strict=True):
+                weight.copy_(master)
+
+
+def shuffled_batches(items: Sequence[Tokens], size: int, order: random.Random) -> list[list[int]]:
+    """Indices of all items, `size` a batch, in an order drawn anew from `order` at each call."""
     # Lengths are sorted within windows of eight batches: little padding, and still a fresh mix of
     # batches every epoch.
     index = list(range(len(items)))
