@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 import libortho
-from libortho.alpha import alpha_scope
 from libortho.base import quantize
 from libortho.calibration import second_moments
-from libortho.config import to_dict
+from libortho.config import BaseConfig, FactorDtype, to_dict
 from libortho.data.general import general_text
 from libortho.data.tokens import Template, Tokens, as_tokens, collate
 from libortho.forgetting import feedback, output_sensitivity
 from libortho.goal import Goal, choose_goal
 from libortho.layer import OrthoLinear
-from libortho.linear import install, is_conv1d, read_linear, select_linear
+from libortho.linear import install, read_linear, select_linear
+from libortho.measures import measure_streams, spread, untouched_layers
 from libortho.methods import method_of
 from libortho.methods.geometric import (
     Descent,
@@ -40,7 +40,7 @@ from libortho.methods.geometric import (
 from libortho.methods.spectral import SpectralConfig, rank_ratio_for, split_spectral
 from libortho.ortho import LowRankOrtho
 from libortho.report import LayerReport, SeparationReport, Split, measure_layer
-from libortho.scoring import answer_probability, check_vocabulary, perplexity, sequence_nll
+from libortho.scoring import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,9 +50,6 @@ GENERAL_TOKENS = 8_000
 
 SENSITIVITY_TOKENS = 1024
 """Tokens over which a layer's output sensitivity is averaged: one number, soon stable."""
-
-MEASURED_TOKENS = 3_000
-"""About how many retain tokens the report's perplexity is taken over, spread over the set."""
 
 MOST_ABOVE = 0.05
 """Probability above its target at which the forget set never counts as forgotten."""
@@ -215,7 +212,7 @@ class _Work:
             )
             return []
         items = self.tokens(general_text(), "general text", tokenizer)
-        return _spread([items], GENERAL_TOKENS)
+        return spread([items], GENERAL_TOKENS)
 
     # -- spectral: every layer for itself ------------------------------------------------------
 
@@ -257,7 +254,8 @@ class _Work:
         with self.stage("quantise"):
             for done, (name, weight) in enumerate(self.weights.items()):
                 self.tell("quantise", done, len(self.weights))
-                self._add(name, "geometric", _to_streams(weight, edits[name], method), 0.0)
+                split = edit_streams(weight, edits[name], method.base, method.ortho_dtype)
+                self._add(name, "geometric", split, 0.0)
             self.tell("quantise", len(self.weights), len(self.weights))
 
     def _metrics(
@@ -282,7 +280,7 @@ class _Work:
             sensitivity = output_sensitivity(
                 self.model,
                 self.layers,
-                _spread([items for items in (retain, general) if items], SENSITIVITY_TOKENS),
+                spread([items for items in (retain, general) if items], SENSITIVITY_TOKENS),
                 method.seed,
             )
             self.tell("sensitivity", 1, 1)
@@ -392,17 +390,9 @@ class _Work:
             raise
 
     def _measure(self, forget: list[Tokens], retain: list[Tokens]) -> SeparationReport:
-        forget_ppl, retain_ppl, probability = {}, {}, {}
-        kept = _spread([retain], MEASURED_TOKENS)
         with self.stage("measure"):
-            for done, alpha in enumerate((0.0, 1.0)):
-                self.tell("measure", done, 2)
-                with alpha_scope(self.model, alpha):
-                    known = sequence_nll(self.model, forget)
-                    forget_ppl[str(alpha)] = perplexity(known)
-                    probability[str(alpha)] = answer_probability(known)
-                    retain_ppl[str(alpha)] = perplexity(sequence_nll(self.model, kept))
-            self.tell("measure", 2, 2)
+            measured = measure_streams(self.model, forget, retain, self.tell)
+        probability = measured.probability
         if self.goal is not None and isinstance(self.config.method, GeometricConfig):
             tolerance = self.config.method.tolerance
             aimed, wanted = self.goal.source, self.goal.level
@@ -428,9 +418,9 @@ class _Work:
         )
         return SeparationReport(
             layers=layers,
-            skipped=_untouched(self.model),
-            forget_ppl=forget_ppl,
-            retain_ppl=retain_ppl,
+            skipped=untouched_layers(self.model),
+            forget_ppl=measured.forget_ppl,
+            retain_ppl=measured.retain_ppl,
             target=self.target,
             reached=reached,
             warnings=tuple(self.warnings),
@@ -447,29 +437,13 @@ class _Work:
         )
 
 
-def _to_streams(weight: Tensor, edit: LowRankEdit, method: GeometricConfig) -> Split:
-    dtype = getattr(torch, method.ortho_dtype)
-    ortho = LowRankOrtho.from_factors(-edit.left, edit.right, dtype)
+def edit_streams(
+    weight: Tensor, edit: LowRankEdit, base: BaseConfig, ortho_dtype: FactorDtype
+) -> Split:
+    """base = quantise(weight + edit), ortho = -edit, for a weight (out_features, in_features)."""
+    ortho = LowRankOrtho.from_factors(-edit.left, edit.right, getattr(torch, ortho_dtype))
     # What is stored of the factors, rounding included, is what the base must lack.
-    base = quantize(weight.float() - ortho.dense(), method.base)
-    return Split(base, ortho)
-
-
-def _spread(sets: list[list[Tokens]], tokens: int) -> list[Tokens]:
-    """About `tokens` tokens, the same share of each set, evenly spread over it."""
-    chosen: list[Tokens] = []
-    for items in sets:
-        stride = max(1, round(sum(len(i.ids) for i in items) * len(sets) / tokens))
-        chosen += items[::stride]
-    return chosen
-
-
-def _untouched(model: nn.Module) -> dict[str, str]:
-    return {
-        name: f"{type(module).__name__}, not targeted"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or is_conv1d(module)
-    }
+    return Split(quantize(weight.float() - ortho.dense(), base), ortho)
 
 
 def separation_report(model: nn.Module) -> SeparationReport:
@@ -482,4 +456,4 @@ def separation_report(model: nn.Module) -> SeparationReport:
         for name, layer in found.items()
         if layer.report is not None
     )
-    return SeparationReport(layers=layers, skipped=_untouched(model))
+    return SeparationReport(layers=layers, skipped=untouched_layers(model))
