@@ -20,8 +20,8 @@ from libortho.scoring import answer_probability, sequence_nll
 TARGETS = ("up_proj", "down_proj")
 
 
-def config(**settings: object) -> LoraNullConfig:
-    training = UnlearnConfig(NPO(), 1e-2, max_epochs=60, landing_steps=6)
+def config(rate: float = 1e-2, **settings: object) -> LoraNullConfig:
+    training = UnlearnConfig(NPO(), rate, max_epochs=150, landing_steps=6)
     values = {"ortho_ratio": 0.1, "target_modules": TARGETS, **settings}
     return LoraNullConfig(**{"training": training, **values})
 
@@ -38,7 +38,7 @@ def logits(model: nn.Module, items: list[Tokens]) -> Tensor:
 def test_alpha_0_has_forgotten_and_alpha_1_is_the_original(memorised) -> None:
     model, forget, retain = memorised.model, memorised.forget, memorised.retain
     original = copy.deepcopy(model)
-    outcome = lora_null_(model, forget, retain, config(), stop_at=0.3)
+    outcome = lora_null_(model, forget, retain, config(rate=1e-3), stop_at=0.3)
     assert outcome.training.reached
     assert outcome.report.reached
     everything = [*forget, *retain, *memorised.unseen]
@@ -69,7 +69,7 @@ def test_the_streams_are_the_merged_weight_and_the_negated_adapter(memorised) ->
 
 
 def test_within_the_budget_and_as_large_as_it_allows(memorised) -> None:
-    settings = config(ortho_ratio=0.05)
+    settings = config(ortho_ratio=0.05, training=UnlearnConfig(max_epochs=1))
     report = lora_null_(memorised.model, memorised.forget, memorised.retain, settings).report
     assert [layer.name for layer in report.layers] == [
         f"model.layers.{i}.mlp.{name}" for i in (0, 1) for name in TARGETS
