@@ -15,29 +15,27 @@ import torch
 from torch import nn
 
 import libortho
-from libortho.alpha import alpha_scope, ortho_layers
+from libortho.alpha import ortho_layers
 from libortho.base import check_width
 from libortho.config import to_dict
 from libortho.data.general import general_text
-from libortho.data.tokens import Template, Tokens, as_tokens, collate
+from libortho.data.tokens import Template, Tokens, as_tokens, collate, spread
 from libortho.goal import Aiming, choose_goal
 from libortho.layer import OrthoLinear
-from libortho.linear import install, is_conv1d, read_linear, select_linear
+from libortho.linear import install, read_linear, select_linear
+from libortho.measures import measure_streams, untouched_layers
 from libortho.methods import method_of
 from libortho.methods.geometric import GeometricConfig
 from libortho.report import SeparationReport, measure_layer
-from libortho.scoring import answer_probability, check_vocabulary, perplexity, sequence_nll
+from libortho.scoring import check_vocabulary
 from libortho.solvers import SOLVERS, MethodConfig
-from libortho.solvers.problem import Journal, Problem, Progress, spread
+from libortho.solvers.problem import Journal, Problem, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GENERAL_TOKENS = 8_000
 """Tokens of general text that are protected: several times a small model's layer width."""
-
-MEASURED_TOKENS = 3_000
-"""About how many retain tokens the report's perplexity is taken over, spread over the set."""
 
 MOST_ABOVE = 0.05
 """Probability above its target at which the forget set never counts as forgotten."""
@@ -199,17 +197,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
     """Report on the model as it is now, split, at both ends of alpha."""
     model, journal, goal = problem.model, problem.journal, problem.goal
-    forget_ppl, retain_ppl, probability = {}, {}, {}
-    kept = spread([problem.retain], MEASURED_TOKENS)
     with journal.stage("measure"):
-        for done, alpha in enumerate((0.0, 1.0)):
-            journal.tell("measure", done, 2)
-            with alpha_scope(model, alpha):
-                known = sequence_nll(model, problem.forget)
-                forget_ppl[str(alpha)] = perplexity(known)
-                probability[str(alpha)] = answer_probability(known)
-                retain_ppl[str(alpha)] = perplexity(sequence_nll(model, kept))
-        journal.tell("measure", 2, 2)
+        measured = measure_streams(model, problem.forget, problem.retain, journal.tell)
+    probability = measured.probability
     if goal is not None and isinstance(config.method, Aiming):
         tolerance = config.method.tolerance
         aimed, wanted = goal.source, goal.level
@@ -235,8 +225,8 @@ def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
         report,
         # a model may hold layers that an earlier call split
         layers=tuple(layer for layer in report.layers if layer.name in problem.layers),
-        forget_ppl=forget_ppl,
-        retain_ppl=retain_ppl,
+        forget_ppl=measured.forget_ppl,
+        retain_ppl=measured.retain_ppl,
         target=journal.target,
         reached=reached,
         warnings=tuple(journal.warnings),
@@ -253,14 +243,6 @@ def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
     )
 
 
-def _untouched(model: nn.Module) -> dict[str, str]:
-    return {
-        name: f"{type(module).__name__}, not targeted"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or is_conv1d(module)
-    }
-
-
 def separation_report(model: nn.Module) -> SeparationReport:
     """The per-layer report of a model that is split already, without any measurement of text."""
     found = ortho_layers(model)
@@ -269,4 +251,4 @@ def separation_report(model: nn.Module) -> SeparationReport:
         for name, layer in found.items()
         if layer.report is not None
     )
-    return SeparationReport(layers=layers, skipped=_untouched(model))
+    return SeparationReport(layers=layers, skipped=untouched_layers(model))

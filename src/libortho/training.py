@@ -75,33 +75,34 @@ def memorise_(
 
     Returns:
         Epochs run, those before an interruption included.
+
+    Raises:
+        FloatingPointError: a gradient is NaN or Inf.
     """
     order = random.Random(config.seed)
     model.train()
-    model.requires_grad_(True)
-    model.get_input_embeddings().requires_grad_(False)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    masters = [p.detach().float().clone().requires_grad_() for p in weights]
-    optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, weight_decay=0.0, fused=True)
+    weights = body_parameters(model)
+    model.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimizer = MasterWeights(weights)
     steps_per_epoch = math.ceil(len(items) / config.batch_size)
     step, epoch = 0, 0
     if state is not None and state.is_file():
-        epoch = _load_state(state, optimizer, masters, weights)
+        epoch = optimizer.load(state)
         step = epoch * steps_per_epoch
         for _ in range(epoch):  # the order of the data is drawn anew, up to where it was
-            _shuffled_batches(items, config.batch_size, order)
+            shuffled_batches(items, config.batch_size, order)
     saved = time.monotonic()
     while epoch < config.max_epochs:
         epoch += 1
         probabilities: list[float] = []
-        for rows in _shuffled_batches(items, config.batch_size, order):
+        for rows in shuffled_batches(items, config.batch_size, order):
             step += 1
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, step / steps_per_epoch)
             batch = collate(items, rows)
             nll = token_nll(model, batch)
             nll.mean().backward()
-            _step(optimizer, masters, weights)
+            optimizer.step(config.learning_rate * min(1.0, step / steps_per_epoch))
             probabilities += [
                 math.exp(-float(answer.mean())) for answer in nll.detach().split(batch.counts)
             ]
@@ -115,55 +116,73 @@ def memorise_(
         if sum(probabilities) / len(probabilities) >= config.target:
             break
         if state is not None and time.monotonic() - saved >= SAVE_SECONDS:
-            _save_state(state, optimizer, masters, epoch)
+            optimizer.save(state, epoch)
             saved = time.monotonic()
     model.eval()
     model.requires_grad_(False)
     return epoch
 
 
-def _step(
-    optimizer: torch.optim.Optimizer, masters: Sequence[Tensor], weights: Sequence[Tensor]
-) -> None:
-    for master, weight in zip(masters, weights, strict=True):
-        master.grad = None if weight.grad is None else weight.grad.float()
-        weight.grad = None
-    nn.utils.clip_grad_norm_(masters, 1.0)
-    optimizer.step()
-    with torch.no_grad():
-        for master, weight in zip(masters, weights, strict=True):
-            weight.copy_(master)
+def body_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """All parameters but the input embedding (and an output layer tied to it)."""
+    embedding = {id(p) for p in model.get_input_embeddings().parameters()}
+    return [p for p in model.parameters() if id(p) not in embedding]
 
 
-def _save_state(
-    path: Path, optimizer: torch.optim.Optimizer, masters: Sequence[Tensor], epoch: int
-) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    held = {"epoch": epoch, "masters": list(masters), "optimizer": optimizer.state_dict()}
-    try:
-        torch.save(held, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+class MasterWeights:
+    """AdamW (no weight decay, gradients clipped to norm 1) on fp32 copies of some weights."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._weights = list(weights)
+        self._masters = [w.detach().float().clone().requires_grad_() for w in weights]
+        self._optimizer = torch.optim.AdamW(self._masters, weight_decay=0.0, fused=True)
+
+    def step(self, learning_rate: float) -> None:
+        """One step along the weights' gradients, which are cleared.
+
+        Raises:
+            FloatingPointError: a gradient is NaN or Inf; the weights stay as they were.
+        """
+        for master, weight in zip(self._masters, self._weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        norm = nn.utils.clip_grad_norm_(self._masters, 1.0)
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(f"the gradient's norm is {float(norm)}: training diverged")
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._write()
+
+    def save(self, path: Path, epoch: int) -> None:
+        """Write masters, optimiser state and the number of the epoch, whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        optimizer = self._optimizer.state_dict()
+        try:
+            torch.save({"epoch": epoch, "masters": self._masters, "optimizer": optimizer}, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load(self, path: Path) -> int:
+        """Take up what `save` wrote; returns the number of the epoch."""
+        held = torch.load(path, weights_only=True)
+        self._optimizer.load_state_dict(held["optimizer"])
+        with torch.no_grad():
+            for master, value in zip(self._masters, held["masters"], strict=True):
+                master.copy_(value)
+        self._write()
+        return int(held["epoch"])
+
+    def _write(self) -> None:
+        with torch.no_grad():
+            for master, weight in zip(self._masters, self._weights, strict=True):
+                weight.copy_(master)
 
 
-def _load_state(
-    path: Path,
-    optimizer: torch.optim.Optimizer,
-    masters: Sequence[Tensor],
-    weights: Sequence[Tensor],
-) -> int:
-    held = torch.load(path, weights_only=True)
-    optimizer.load_state_dict(held["optimizer"])
-    with torch.no_grad():
-        for master, weight, value in zip(masters, weights, held["masters"], strict=True):
-            master.copy_(value)
-            weight.copy_(value)
-    return int(held["epoch"])
-
-
-def _shuffled_batches(items: Sequence[Tokens], size: int, order: random.Random) -> list[list[int]]:
+def shuffled_batches(items: Sequence[Tokens], size: int, order: random.Random) -> list[list[int]]:
+    """Indices of all items, `size` a batch, in an order drawn anew from `order` at each call."""
     # Lengths are sorted within windows of eight batches: little padding, and still a fresh mix of
     # batches every epoch.
     index = list(range(len(items)))

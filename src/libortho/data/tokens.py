@@ -204,3 +204,18 @@ def collate(items: Sequence[Tokens], rows: list[int]) -> Batch:
         labels += item.ids[item.prompt :]
     counts = [items[i].targets for i in rows]
     return Batch(list(rows), ids, attention, predicts, torch.tensor(labels), counts)
+
+
+def spread(sets: Sequence[list[Tokens]], tokens: int) -> list[Tokens]:
+    """About `tokens` tokens, the same share of each set, evenly spread over it."""
+    chosen: list[Tokens] = []
+    for items in sets:
+        stride = max(1, round(sum(len(i.ids) for i in items) * len(sets) / tokens))
+        chosen += items[::stride]
+    return chosen
+
+
+def evenly(items: Sequence[Tokens], count: int) -> list[Tokens]:
+    """`count` of the items (or all, where there are fewer), evenly spread over them."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

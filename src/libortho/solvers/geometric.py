@@ -7,6 +7,8 @@ from torch import Tensor
 
 from libortho.base import quantize
 from libortho.calibration import second_moments
+from libortho.config import BaseConfig, FactorDtype
+from libortho.data.tokens import spread
 from libortho.forgetting import Feedback, feedback, output_sensitivity
 from libortho.goal import Goal
 from libortho.methods.geometric import (
@@ -19,7 +21,7 @@ from libortho.methods.geometric import (
 )
 from libortho.ortho import LowRankOrtho
 from libortho.report import Split
-from libortho.solvers.problem import Problem, spread
+from libortho.solvers.problem import Problem
 from libortho.solvers.search import Edits, search
 
 SENSITIVITY_TOKENS = 1024
@@ -51,14 +53,28 @@ def solve_geometric(problem: Problem, method: GeometricConfig) -> dict[str, Spli
     with journal.stage("quantise"):
         for done, (name, weight) in enumerate(problem.weights.items()):
             journal.tell("quantise", done, len(problem.weights))
-            dtype = getattr(torch, method.ortho_dtype)
-            ortho = LowRankOrtho.from_factors(-edits[name].left, edits[name].right, dtype)
-            # What is stored of the factors, rounding included, is what the base must lack.
             moment = metrics[name].moment() if method.base.reads_moment else None
-            base = quantize(weight.float() - ortho.dense(), method.base, moment)
-            splits[name] = Split(base, ortho)
+            splits[name] = edit_streams(
+                weight, edits[name], method.base, method.ortho_dtype, moment
+            )
         journal.tell("quantise", len(problem.weights), len(problem.weights))
     return splits
+
+
+def edit_streams(
+    weight: Tensor,
+    edit: LowRankEdit,
+    base: BaseConfig,
+    ortho_dtype: FactorDtype,
+    moment: Tensor | None = None,
+) -> Split:
+    """base = quantise(weight + edit), ortho = -edit, for a weight (out_features, in_features).
+
+    `moment` is for the quantiser; see `quantize`.
+    """
+    ortho = LowRankOrtho.from_factors(-edit.left, edit.right, getattr(torch, ortho_dtype))
+    # What is stored of the factors, rounding included, is what the base must lack.
+    return Split(quantize(weight.float() - ortho.dense(), base, moment), ortho)
 
 
 def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:

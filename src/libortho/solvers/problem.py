@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -81,12 +81,3 @@ class Problem:
     def kept(self) -> list[list[Tokens]]:
         """The sets that are to stay as they are: retain and, where there is one, general."""
         return [items for items in (self.retain, self.general) if items]
-
-
-def spread(sets: Sequence[list[Tokens]], tokens: int) -> list[Tokens]:
-    """About `tokens` tokens, the same share of each set, evenly spread over it."""
-    chosen: list[Tokens] = []
-    for items in sets:
-        stride = max(1, round(sum(len(i.ids) for i in items) * len(sets) / tokens))
-        chosen += items[::stride]
-    return chosen

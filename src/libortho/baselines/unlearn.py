@@ -1,0 +1,266 @@
+"""unlearn_: fine-tune a model until it has forgotten enough, and no further.
+
+As in training: bf16 activations and weights with fp32 master copies. Each step takes one batch of
+the forget set and one, as large, of the retain set.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from libortho.baselines.losses import NPO, Objective
+from libortho.baselines.memory import PeakMemory
+from libortho.config import check_fraction, check_integer, check_positive
+from libortho.data.tokens import Tokens, as_tokens, collate
+from libortho.scoring import answer_probability, sequence_nll
+from libortho.training import MasterWeights, Progress, shuffled_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """Recipe of an unlearning fine-tune.
+
+    Attributes:
+        objective: the method.
+        learning_rate: of AdamW (no weight decay), warmed up over the first epoch.
+        max_epochs: passes over the forget set after which it stops in any case.
+        batch_size: forget sequences per step, and as many retain sequences.
+        landing_steps: bisections of the epoch that crossed `stop_at`: the model ends between its
+            weights before and after that epoch, the least way along that still reaches the level.
+            0 keeps what the epoch made.
+        seed: of the order of the data.
+    """
+
+    objective: Objective = field(default_factory=NPO)
+    learning_rate: float = 5e-5
+    max_epochs: int = 10
+    batch_size: int = 8
+    landing_steps: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.objective, Objective):
+            raise TypeError(
+                f"objective={self.objective!r}: expected a method's config, such as NPO()"
+            )
+        check_positive("learning_rate", self.learning_rate)
+        check_integer("max_epochs", self.max_epochs, 1)
+        check_integer("batch_size", self.batch_size, 1)
+        check_integer("landing_steps", self.landing_steps, 0)
+
+
+@dataclass(frozen=True)
+class UnlearnOutcome:
+    """What a run did.
+
+    Attributes:
+        steps, epochs: optimiser steps, and (started) passes over the forget set.
+        probability: the forget set's probability per token at the end (geometric mean over a
+            sequence's tokens, averaged over sequences), a fraction.
+        probabilities: the same before the first epoch and after each.
+        reached: whether `probability` is at most `stop_at`; None without one.
+        diverged: whether a gradient became NaN or Inf. The model keeps its last finite weights.
+        training_seconds: spent on steps, preparations of the method included.
+        measuring_seconds: spent on `probabilities`, landing included.
+        peak_memory: bytes of host memory that the run took beyond what the process held before it,
+            the model among that (see `PeakMemory`).
+    """
+
+    steps: int
+    epochs: int
+    probability: float
+    probabilities: tuple[float, ...]
+    reached: bool | None
+    diverged: bool
+    training_seconds: float
+    measuring_seconds: float
+    peak_memory: int
+
+
+def unlearn_(
+    model: PreTrainedModel,
+    forget: Sequence[Tokens],
+    retain: Sequence[Tokens],
+    config: UnlearnConfig | None = None,
+    progress: Progress | None = None,
+    stop_at: float | None = None,
+) -> UnlearnOutcome:
+    """Unlearn the forget set in place.
+
+    Args:
+        model: a causal LM; afterwards in evaluation mode, without gradients.
+        forget: what is to be forgotten.
+        retain: what must stay.
+        config: the recipe; NPO by default.
+        progress: called after every step.
+        stop_at: probability per token of the forget set, in (0, 1], at which it stops. Measured on
+            the whole set before the first epoch and after each.
+
+    Raises:
+        ValueError: an empty set, `stop_at` out of range, a token id outside the vocabulary, or a
+            block or layer of the method's config that the model does not have.
+        TypeError: an item that is not `Tokens` or ids, or a layer that is not linear.
+    """
+    config = config or UnlearnConfig()
+    return train_(
+        model, config.objective.parameters(model), forget, retain, config, progress, stop_at
+    )
+
+
+def train_(
+    model: PreTrainedModel,
+    weights: Sequence[nn.Parameter],
+    forget: Sequence[Tokens],
+    retain: Sequence[Tokens],
+    config: UnlearnConfig,
+    progress: Progress | None = None,
+    stop_at: float | None = None,
+) -> UnlearnOutcome:
+    """`unlearn_` for given `weights` that `model` depends on, its own parameters or others."""
+    if stop_at is not None:
+        check_fraction("stop_at", stop_at)
+    run = _Run(
+        model,
+        weights,
+        as_tokens(forget, "forget"),
+        as_tokens(retain, "retain"),
+        config,
+        progress or (lambda stage, done, total: None),
+        stop_at,
+    )
+    model.requires_grad_(False)
+    model.eval()
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        with PeakMemory() as memory:
+            run()
+    finally:
+        model.eval()
+        for weight in weights:
+            weight.requires_grad_(False)
+            weight.grad = None
+    final = run.probability
+    return UnlearnOutcome(
+        steps=run.steps,
+        epochs=run.epochs,
+        probability=final,
+        probabilities=tuple(run.probabilities),
+        reached=None if stop_at is None else final <= stop_at,
+        diverged=run.diverged,
+        training_seconds=run.seconds["training"],
+        measuring_seconds=run.seconds["measuring"],
+        peak_memory=memory.growth,
+    )
+
+
+class _Run:
+    """One run: what its stages share."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: Sequence[nn.Parameter],
+        forget: list[Tokens],
+        retain: list[Tokens],
+        config: UnlearnConfig,
+        tell: Progress,
+        stop_at: float | None,
+    ) -> None:
+        self.model, self.weights = model, weights
+        self.forget, self.retain = forget, retain
+        self.config, self.tell = config, tell
+        self.level = -math.inf if stop_at is None else stop_at
+        self.lands = stop_at is not None and config.landing_steps > 0
+        self.steps = self.epochs = 0
+        self.probability = math.nan
+        self.probabilities: list[float] = []
+        self.diverged = False
+        self.seconds = {"training": 0.0, "measuring": 0.0}
+
+    @contextmanager
+    def clock(self, kind: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[kind] += time.perf_counter() - start
+
+    def measure(self) -> float:
+        with self.clock("measuring"):
+            self.model.eval()
+            self.probability = answer_probability(sequence_nll(self.model, self.forget))
+        return self.probability
+
+    def __call__(self) -> None:
+        self.probabilities.append(self.measure())
+        if self.probability <= self.level:
+            return
+        with self.clock("training"):
+            self.loss = self.config.objective.begin(self.model, self.forget)
+            self.optimizer = MasterWeights(self.weights)
+            order = random.Random(self.config.seed)
+        before: list[Tensor] = []
+        while self.epochs < self.config.max_epochs and not self.diverged:
+            if self.lands:
+                before = [w.detach().clone() for w in self.weights]
+            self.epoch(order)
+            self.probabilities.append(self.measure())
+            if self.probability <= self.level:
+                if self.lands:
+                    self.land(before)
+                return
+
+    def epoch(self, order: random.Random) -> None:
+        config = self.config
+        per_epoch = math.ceil(len(self.forget) / config.batch_size)
+        self.epochs += 1
+        with self.clock("training"):
+            self.model.train()
+            for rows in shuffled_batches(self.forget, config.batch_size, order):
+                partners = order.choices(range(len(self.retain)), k=len(rows))
+                loss = self.loss(collate(self.forget, rows), collate(self.retain, partners))
+                loss.backward()
+                try:
+                    warm = min(1.0, (self.steps + 1) / per_epoch)
+                    self.optimizer.step(config.learning_rate * warm)
+                except FloatingPointError:
+                    self.diverged = True
+                    return
+                self.steps += 1
+                self.tell(
+                    f"epoch {self.epochs}, forget probability {self.probability:.3f}",
+                    self.steps,
+                    per_epoch * config.max_epochs,
+                )
+
+    def land(self, before: Sequence[Tensor]) -> None:
+        """The least part of the last epoch's way that still reaches the level (bisection)."""
+        beyond = [w.detach().clone() for w in self.weights]
+        low, high, best = 0.0, 1.0, self.probability
+        for _ in range(self.config.landing_steps):
+            share = (low + high) / 2
+            self.place(before, beyond, share)
+            if self.measure() <= self.level:
+                high, best = share, self.probability
+            else:
+                low = share
+        self.place(before, beyond, high)
+        self.probability = best
+
+    @torch.no_grad()
+    def place(self, before: Sequence[Tensor], beyond: Sequence[Tensor], share: float) -> None:
+        for weight, old, new in zip(self.weights, before, beyond, strict=True):
+            weight.copy_(torch.lerp(old.float(), new.float(), share))
