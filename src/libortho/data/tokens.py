@@ -197,3 +197,9 @@ def collate(items: Sequence[Tokens], rows: list[int]) -> Batch:
         labels += item.ids[item.prompt :]
     counts = [items[i].targets for i in rows]
     return Batch(list(rows), ids, attention, predicts, torch.tensor(labels), counts)
+
+
+def evenly(items: Sequence[Tokens], count: int) -> list[Tokens]:
+    """`count` of the items (or all, where there are fewer), evenly spread over them."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,3 +91,23 @@ def spread(sets: Sequence[list[Tokens]], tokens: int) -> list[Tokens]:
         stride = max(1, round(sum(len(i.ids) for i in items) * len(sets) / tokens))
         chosen += items[::stride]
     return chosen
+
+
+def batches_of(sets: Sequence[list[Tokens]], tokens: int, seed: int) -> Iterator[list[Tokens]]:
+    """Endless batches of about `tokens` tokens, an equal share of each set, freshly shuffled."""
+    order = random.Random(seed)
+    sources = [_cycle(items, order) for items in sets]
+    while True:
+        batch: list[Tokens] = []
+        for source in sources:
+            taken = 0
+            while taken * len(sets) < tokens:
+                item = next(source)
+                batch.append(item)
+                taken += len(item.ids)
+        yield batch
+
+
+def _cycle(items: list[Tokens], order: random.Random) -> Iterator[Tokens]:
+    while True:
+        yield from order.sample(items, len(items))
