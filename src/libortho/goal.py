@@ -6,18 +6,20 @@ a level, not a maximum.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from libortho.data.tokens import Tokens
+from libortho.data.tokens import Tokens, evenly
 from libortho.forgetting import (
     Target,
     targets_from_earlier_model,
     targets_from_model_itself,
 )
 from libortho.scoring import answer_probability, sequence_nll
+from libortho.training import MemoriseConfig, memorise_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,10 +28,13 @@ DEFAULT_TARGET_NLL = 3.0
 """Nats per token aimed at where nothing says how unfamiliar the forget set should be."""
 
 SHOTS = 5
-"""Retain examples that an earlier model is shown, so that it knows the form of an answer."""
+"""Retain examples that an earlier model is shown, where it is not rehearsed."""
 
 SHOT_TOKENS = 128
 """Longest example that is shown; longer ones would leave little room for the question."""
+
+REHEARSAL_EPOCHS = 3
+"""Passes over the rehearsed examples: enough for the form of an answer, too few for much more."""
 
 
 @runtime_checkable
@@ -66,8 +71,14 @@ def choose_goal(
     before: PreTrainedModel | None = None,
     unseen: Sequence[Tokens] | None = None,
     target_nll: float | None = None,
+    rehearsal: int = 0,
 ) -> Goal:
     """Settle the goal from what the caller has; see `separate_` for the arguments.
+
+    Args:
+        rehearsal: retain sequences that a copy of `before` is fine-tuned on, briefly, so that it
+            answers in the form of the retain set while it lacks the forget set's content: a small
+            stand-in for a retrained model. 0 shows it `SHOTS` examples instead.
 
     Raises:
         ValueError: `target_nll` stands beside `before` or `unseen`, which say the same thing.
@@ -77,6 +88,8 @@ def choose_goal(
     level = None
     if unseen is not None:
         level = answer_probability(sequence_nll(model, unseen))
+    if before is not None and rehearsal:
+        return _from_rehearsed_model(before, forget, retain, level, rehearsal)
     if before is not None:
         return _from_earlier_model(before, forget, retain, level)
     source = "probability per token of comparable unseen text"
@@ -97,11 +110,37 @@ def _from_earlier_model(
     shots = [i for i in retain if asked and i.prompt > 1 and len(i.ids) <= SHOT_TOKENS]
     context = shots[:: max(1, len(shots) // SHOTS)][:SHOTS]
     targets = targets_from_earlier_model(before, forget, context)
+    return _settled(targets, "what the model said before it memorised", level)
+
+
+def _from_rehearsed_model(
+    before: PreTrainedModel,
+    forget: Sequence[Tokens],
+    retain: Sequence[Tokens],
+    level: float | None,
+    count: int,
+) -> Goal:
+    """The goal by a copy of `before` that is briefly fine-tuned on some of the retain set."""
+    rehearsed = copy.deepcopy(before)
+    memorise_(
+        rehearsed,
+        evenly(retain, count),
+        MemoriseConfig(target=1.0, max_epochs=REHEARSAL_EPOCHS),
+    )
+    targets = targets_from_earlier_model(rehearsed, forget)
+    source = f"an earlier model rehearsed on {min(count, len(retain))} retain examples"
+    return _settled(targets, source, level)
+
+
+def _settled(targets: list[Target], source: str, level: float | None) -> Goal:
+    """The goal, its level being that of the targets or, with unseen text, between the two.
+
+    Two estimates of the same level, off for different reasons: one model does not know the content,
+    one content is not known to the model. Their geometric mean is closer to a retrained model than
+    either (docs/method.md has the numbers).
+    """
     expected = sum(t.answer_probability for t in targets) / len(targets)
-    source = f"what the model said before it memorised ({expected:.3f})"
+    source = f"{source} ({expected:.3f})"
     if level is None:
         return Goal(targets, expected, source)
-    # Two estimates of the same level, off for different reasons: one model does not know the
-    # content, one content is not known to the model. Their geometric mean is closer to a
-    # retrained model than either (docs/method.md has the numbers).
     return Goal(targets, math.sqrt(level * expected), f"{source}, and unseen text ({level:.3f})")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from libortho.config import check_integer, check_positive
+from libortho.config import check_count, check_positive
 from libortho.data.tokens import Batch, Tokens
 from libortho.linear import select_linear
 from libortho.scoring import check_vocabulary, sequence_nll, token_nll
@@ -212,9 +212,9 @@ class RMU(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("steering", self.steering)
-        check_integer("trained_layers", self.trained_layers, 1)
+        check_count("trained_layers", self.trained_layers, 1)
         if self.layer is not None:
-            check_integer("layer", self.layer, 0)
+            check_count("layer", self.layer, 0)
 
     def _steered(self, blocks: nn.ModuleList) -> int:
         layer = round(RMU_DEPTH * len(blocks)) if self.layer is None else self.layer

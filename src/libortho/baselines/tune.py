@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from libortho.baselines.registry import Baseline, run_baseline_
 from libortho.baselines.unlearn import UnlearnConfig
-from libortho.config import check_fraction, check_integer, check_positive
+from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.tokens import Tokens, as_tokens, evenly
 from libortho.report import SeparationReport
 from libortho.scoring import answer_probability, sequence_nll
@@ -47,8 +47,8 @@ class TuneConfig:
             raise ValueError("learning_rate_factors is empty: expected at least one factor")
         for factor in self.learning_rate_factors:
             check_positive("learning_rate_factors", factor)
-        check_integer("max_epochs", self.max_epochs, 1)
-        check_integer("retain_sequences", self.retain_sequences, 1)
+        check_count("max_epochs", self.max_epochs, 1)
+        check_count("retain_sequences", self.retain_sequences, 1)
         check_fraction("least_retain", self.least_retain, zero=True)
 
 

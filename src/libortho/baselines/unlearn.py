@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from libortho.baselines.losses import NPO, Objective
 from libortho.baselines.memory import PeakMemory
-from libortho.config import check_fraction, check_integer, check_positive
+from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.tokens import Tokens, as_tokens, collate
 from libortho.scoring import answer_probability, sequence_nll
 from libortho.training import MasterWeights, Progress, shuffled_batches
@@ -56,9 +56,9 @@ class UnlearnConfig:
                 f"objective={self.objective!r}: expected a method's config, such as NPO()"
             )
         check_positive("learning_rate", self.learning_rate)
-        check_integer("max_epochs", self.max_epochs, 1)
-        check_integer("batch_size", self.batch_size, 1)
-        check_integer("landing_steps", self.landing_steps, 0)
+        check_count("max_epochs", self.max_epochs, 1)
+        check_count("batch_size", self.batch_size, 1)
+        check_count("landing_steps", self.landing_steps, 0)
 
 
 @dataclass(frozen=True)

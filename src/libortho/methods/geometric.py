@@ -29,6 +29,7 @@ from libortho.config import (
     BaseConfig,
     FactorDtype,
     check_choice,
+    check_count,
     check_fraction,
     check_positive,
 )
@@ -46,10 +47,13 @@ class GeometricConfig:
         edit: "descent" (default) or "projection"; see the module's text.
         ridge: lambda, the multiple of the mean diagonal of E[x x^T] added to it.
         find_steps: steps that look for directions (see `Descent`).
-        fit_steps: steps at most that then move them.
+        fit_steps: steps at most that then move them, each on a batch of the forget set and one of
+            the retain set.
         step: fraction of the Polyak step taken by the first kind; small steps bend with the loss,
             large ones overshoot and pay for it in retain damage.
         rate: length of the second kind's steps, relative to the factors.
+        batch: forget sequences per step of the second kind.
+        retain_tokens: about how many tokens of retain and general text are in such a step.
         target_nll: nats per token that the forget set should cost at alpha = 0, where no earlier
             model or unseen text says it; see `separate_`.
         tolerance: how far above its target the forget probability may end, as a fraction of the
@@ -63,9 +67,11 @@ class GeometricConfig:
     edit: Edit = "descent"
     ridge: float = 0.1
     find_steps: int = 3
-    fit_steps: int = 30
+    fit_steps: int = 160
     step: float = 0.4
     rate: float = 0.4
+    batch: int = 10
+    retain_tokens: int = 240
     target_nll: float | None = None
     tolerance: float = 0.4
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -80,10 +86,10 @@ class GeometricConfig:
         check_positive("rate", self.rate)
         check_fraction("tolerance", self.tolerance, zero=True)
         check_choice("ortho_dtype", self.ortho_dtype, FactorDtype)
-        for name, least in (("find_steps", 1), ("fit_steps", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
+        check_count("find_steps", self.find_steps, 1)
+        check_count("fit_steps", self.fit_steps, 0)
+        check_count("batch", self.batch, 1)
+        check_count("retain_tokens", self.retain_tokens, 1)
         if self.target_nll is not None:
             check_positive("target_nll", self.target_nll)
 
@@ -103,6 +109,18 @@ class LowRankEdit:
     @property
     def rank(self) -> int:
         return self.left.shape[1]
+
+    @property
+    def empty(self) -> bool:
+        return self.rank == 0
+
+    def output(self, x: Tensor) -> Tensor:
+        """`x @ D.T`, (..., in_features) -> (..., out_features), in the dtype of x."""
+        return (x @ self.right.to(x.dtype).T) @ self.left.to(x.dtype).T
+
+    def meets(self, other: LowRankEdit) -> bool:
+        """True for equal ranks: `toward` then leads to `other`."""
+        return self.rank == other.rank
 
     def toward(self, other: LowRankEdit, share: float) -> LowRankEdit:
         """The edit a share (0 to 1) of the way to `other`, factor by factor; equal ranks."""
@@ -231,7 +249,8 @@ class Descent:
     `find` takes short Polyak steps and truncates after each: it settles which directions of which
     layers the budget is spent on. `fit` then keeps the ranks and moves both factors of every
     layer's edit (Adam, with steps relative to the factors' own size), which truncation would keep
-    undoing.
+    undoing. The metric is a prediction of retain damage from the first moment on; what `fit` is
+    given may measure it as well.
 
     Coordinates: Y = sqrt(scale) * D L per layer, so that ||Y||_F^2 summed over layers is the
     predicted retain damage.
@@ -297,22 +316,23 @@ class Descent:
             self._left[name] = (u[:, : ranks[name]] * root).contiguous()
             self._right[name] = (v_t[: ranks[name]] * root.unsqueeze(1)).contiguous()
 
-    def fit(self, gradients: Mapping[str, Tensor], rate: float) -> None:
+    def fit(self, gradients: Mapping[str, tuple[Tensor, Tensor]], rate: float) -> None:
         """Move the factors of the directions that `find` chose.
 
         Args:
-            gradients: as in `find`.
-            rate: length of a step, relative to the factors' root mean square.
+            gradients: layer -> gradients of a loss by the factors of `edits()`, (out_features,
+                rank) and (rank, in_features) fp32; layers of rank 0 have none.
+            rate: length of a step, relative to the factors' root mean square at the first.
         """
         names = [name for name, left in self._left.items() if left.shape[1]]
         sides = ([self._left[n] for n in names], [self._right[n] for n in names])
         if self._optimizer is None:
             groups = [{"params": side, "lr": rate * _root_mean_square(side)} for side in sides]
             self._optimizer = torch.optim.Adam(groups, betas=(0.8, 0.9), eps=1e-12)
-        whitened = self._whiten({name: gradients[name] for name in names})
         for name, left, right in zip(names, *sides, strict=True):
-            left.grad = whitened[name] @ right.T
-            right.grad = left.T @ whitened[name]
+            by_left, by_right = gradients[name]
+            left.grad = by_left / math.sqrt(self._metrics[name].scale)
+            right.grad = self._metrics[name].whiten_gradient(by_right)
         self._optimizer.step()
 
     def edits(self) -> dict[str, LowRankEdit]:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from libortho.base import quantize
 from libortho.calibration import second_moments
 from libortho.config import BaseConfig, FactorDtype
-from libortho.data.tokens import spread
-from libortho.forgetting import Feedback, feedback, output_sensitivity
+from libortho.data.tokens import Tokens, spread
+from libortho.forgetting import (
+    Feedback,
+    Target,
+    feedback,
+    preservation,
+    targets_from_earlier_model,
+)
 from libortho.goal import Goal
+from libortho.gradients import output_sensitivity, with_edits
 from libortho.methods.geometric import (
     Descent,
     GeometricConfig,
+    LowRankEdit,
     Metric,
     parameter_budget,
     project_edit,
@@ -21,11 +33,24 @@ from libortho.methods.geometric import (
 )
 from libortho.ortho import LowRankOrtho
 from libortho.report import Split
-from libortho.solvers.problem import Problem
-from libortho.solvers.search import Edits, search
+from libortho.scoring import answer_probability, sequence_nll
+from libortho.solvers.problem import Problem, batches_of
+from libortho.solvers.search import search
 
 SENSITIVITY_TOKENS = 1024
 """Tokens over which a layer's output sensitivity is averaged: one number, soon stable."""
+
+FIND_TOKENS = 6_000
+"""Tokens of the forget set, evenly spread, that the directions are found on."""
+
+POOL_TOKENS = 6_000
+"""Tokens of retain and general text, evenly spread, that the second phase draws from."""
+
+POOL_TOKENS = 6_000
+"""Tokens of retain and general text, evenly spread, that the second phase draws from."""
+
+NEAR = 1.5
+"""Multiple of the wanted probability below which it is measured after every epoch."""
 
 
 def solve_geometric(problem: Problem, method: GeometricConfig) -> dict[str, Split]:
@@ -107,47 +132,124 @@ def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
     return metrics
 
 
-def _measure(problem: Problem, goal: Goal, edits: Edits) -> Feedback:
-    return feedback(problem.model, problem.layers, problem.forget, goal.targets, edits)
-
-
 def _descend(
     problem: Problem,
     method: GeometricConfig,
     goal: Goal,
     metrics: dict[str, Metric],
     budget: int,
-) -> Edits:
+) -> dict[str, LowRankEdit]:
     descent = Descent(metrics, problem.shapes, budget, method.seed)
-
-    def advance(step: int, now: Feedback) -> Edits:
-        if step < method.find_steps:
-            descent.find(now.loss, now.gradients, method.step)
-        else:
-            descent.fit(now.gradients, method.rate)
-        return descent.edits()
-
+    sample = spread([problem.forget], FIND_TOKENS)
+    targets = dict(zip(map(id, problem.forget), goal.targets, strict=True))
+    for step in range(method.find_steps):
+        problem.journal.tell("find directions", step, method.find_steps)
+        now = feedback(
+            problem.model,
+            problem.layers,
+            sample,
+            [targets[id(item)] for item in sample],
+            descent.edits(),
+        )
+        if not math.isfinite(now.loss):
+            raise ValueError("the forget set's loss is not finite")
+        descent.find(now.loss, now.gradients, method.step)
+    problem.journal.tell("find directions", method.find_steps, method.find_steps)
+    fit = _Fit(problem, method, goal, descent)
+    epochs = math.ceil(method.fit_steps / fit.steps)
     return search(
-        problem.journal,
-        goal.level,
-        descent.edits(),
-        lambda edits: _measure(problem, goal, edits),
-        advance,
-        method.find_steps + method.fit_steps,
+        problem.journal, goal.level, descent.edits(), fit.measure, fit.epoch, epochs, fit.steps
     )
 
 
-def _project(problem: Problem, goal: Goal, metrics: dict[str, Metric], budget: int) -> Edits:
+class _Fit:
+    """The second phase: epochs over the forget set in small steps, each beside some retain text.
+
+    The metric predicts retain damage from second moments; the retain text measures it.
+    """
+
+    def __init__(
+        self, problem: Problem, method: GeometricConfig, goal: Goal, descent: Descent
+    ) -> None:
+        self._problem, self._method, self._goal, self._descent = problem, method, goal, descent
+        self._order = random.Random(method.seed)
+        pools = [spread([items], POOL_TOKENS // len(problem.kept)) for items in problem.kept]
+        self._kept = batches_of(pools, method.retain_tokens, method.seed)
+        self._originals: dict[int, Target] = {}
+        self._estimate: float | None = None
+        self.steps = math.ceil(len(problem.forget) / method.batch)
+        """Steps of an epoch."""
+
+    def epoch(self, number: int, now: Feedback) -> dict[str, LowRankEdit]:
+        """Move the edit by one pass over the forget set."""
+        forget, probabilities = self._problem.forget, []
+        index = self._order.sample(range(len(forget)), len(forget))
+        for step in range(self.steps):
+            rows = index[step :: self.steps]
+            probabilities += [self._step(rows)] * len(rows)
+        self._estimate = sum(probabilities) / len(probabilities)
+        return self._descent.edits()
+
+    def _step(self, rows: list[int]) -> float:
+        problem, edits = self._problem, self._descent.edits()
+        forgotten = feedback(
+            problem.model,
+            problem.layers,
+            [problem.forget[i] for i in rows],
+            [self._goal.targets[i] for i in rows],
+            edits,
+            by="factors",
+        )
+        items = next(self._kept)
+        kept = preservation(
+            problem.model, problem.layers, items, self._originals_of(items), edits, by="factors"
+        )
+        if not math.isfinite(forgotten.loss + kept.loss):
+            raise ValueError("the loss of the forget or retain set is not finite")
+        self._descent.fit(
+            {
+                name: (left + kept.gradients[name][0], right + kept.gradients[name][1])
+                for name, (left, right) in forgotten.gradients.items()
+            },
+            self._method.rate,
+        )
+        return forgotten.probability
+
+    def _originals_of(self, items: list[Tokens]) -> list[Target]:
+        """What the model itself says of retain text, without the edit; asked once for each."""
+        new = [item for item in items if id(item) not in self._originals]
+        if new:
+            said = targets_from_earlier_model(self._problem.model, new)
+            self._originals.update(zip(map(id, new), said, strict=True))
+        return [self._originals[id(item)] for item in items]
+
+    def measure(self, edits: Mapping[str, LowRankEdit]) -> Feedback:
+        """How the forget set does with some edits.
+
+        After an epoch that was far from the goal, what its steps saw on their way is near enough.
+        """
+        estimate, self._estimate = self._estimate, None
+        if estimate is None or estimate <= NEAR * self._goal.level:
+            with with_edits(self._problem.layers, edits):
+                nll = sequence_nll(self._problem.model, self._problem.forget)
+            estimate = answer_probability(nll)
+        return Feedback(loss=0.0, probability=estimate, nll=math.nan, gradients={})
+
+
+def _project(
+    problem: Problem, goal: Goal, metrics: dict[str, Metric], budget: int
+) -> dict[str, LowRankEdit]:
     means = _forget_moments(problem)
     # The least damage that forgets enough: bisect the share of the budget that is spent.
     low, high = 0.0, 1.0
     for step in range(6):
         share = 1.0 if step == 0 else (low + high) / 2
         edits = project_edit(problem.weights, metrics, means, int(share * budget))
-        now = _measure(problem, goal, edits)
-        stage = f"projection, p {now.probability:.3f} -> {goal.level:.3f}"
+        with with_edits(problem.layers, edits):
+            reached = answer_probability(sequence_nll(problem.model, problem.forget))
+        stage = f"projection, p {reached:.3f} -> {goal.level:.3f}"
         problem.journal.tell(stage, step, 6)
-        if now.probability <= goal.level:
+        if reached <= goal.level:
             high, best = share, edits
         elif step == 0:
             return edits

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -81,3 +82,23 @@ class Problem:
     def kept(self) -> list[list[Tokens]]:
         """The sets that are to stay as they are: retain and, where there is one, general."""
         return [items for items in (self.retain, self.general) if items]
+
+
+def batches_of(sets: Sequence[list[Tokens]], tokens: int, seed: int) -> Iterator[list[Tokens]]:
+    """Endless batches of about `tokens` tokens, an equal share of each set, freshly shuffled."""
+    order = random.Random(seed)
+    sources = [_cycle(items, order) for items in sets]
+    while True:
+        batch: list[Tokens] = []
+        for source in sources:
+            taken = 0
+            while taken * len(sets) < tokens:
+                item = next(source)
+                batch.append(item)
+                taken += len(item.ids)
+        yield batch
+
+
+def _cycle(items: list[Tokens], order: random.Random) -> Iterator[Tokens]:
+    while True:
+        yield from order.sample(items, len(items))
