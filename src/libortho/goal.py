@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from libortho.data.tokens import Tokens, evenly
 from libortho.forgetting import (
@@ -28,13 +28,22 @@ DEFAULT_TARGET_NLL = 3.0
 """Nats per token aimed at where nothing says how unfamiliar the forget set should be."""
 
 SHOTS = 5
-"""Retain examples that an earlier model is shown, where it is not rehearsed."""
+"""Retain examples that an earlier model is shown."""
 
 SHOT_TOKENS = 128
 """Longest example that is shown; longer ones would leave little room for the question."""
 
-REHEARSAL_EPOCHS = 3
-"""Passes over the rehearsed examples: enough for the form of an answer, too few for much more."""
+REHEARSAL = MemoriseConfig(target=1.0, max_epochs=3)
+"""How an earlier model is rehearsed: enough for the form of an answer, too little for much more."""
+
+REHEARSED = 60
+"""Retain sequences, evenly spread, that it is rehearsed on."""
+
+Earlier = Literal["rehearse", "show", "trust"]
+"""How a model from before the memorising is asked. "rehearse": a copy of it is fine-tuned for a
+moment on some of the retain set, so that it answers in its form and lacks the forget set's content,
+as a retrained model would. "show": it is shown a few retain examples instead, which takes no more
+memory and guides less well. "trust": as it is, for a model that was rehearsed or retrained."""
 
 
 @runtime_checkable
@@ -71,14 +80,9 @@ def choose_goal(
     before: PreTrainedModel | None = None,
     unseen: Sequence[Tokens] | None = None,
     target_nll: float | None = None,
-    rehearsal: int = 0,
+    earlier: Earlier = "rehearse",
 ) -> Goal:
     """Settle the goal from what the caller has; see `separate_` for the arguments.
-
-    Args:
-        rehearsal: retain sequences that a copy of `before` is fine-tuned on, briefly, so that it
-            answers in the form of the retain set while it lacks the forget set's content: a small
-            stand-in for a retrained model. 0 shows it `SHOTS` examples instead.
 
     Raises:
         ValueError: `target_nll` stands beside `before` or `unseen`, which say the same thing.
@@ -88,10 +92,8 @@ def choose_goal(
     level = None
     if unseen is not None:
         level = answer_probability(sequence_nll(model, unseen))
-    if before is not None and rehearsal:
-        return _from_rehearsed_model(before, forget, retain, level, rehearsal)
     if before is not None:
-        return _from_earlier_model(before, forget, retain, level)
+        return _from_earlier_model(before, forget, retain, level, earlier)
     source = "probability per token of comparable unseen text"
     if level is None:
         nll = DEFAULT_TARGET_NLL if target_nll is None else target_nll
@@ -104,43 +106,25 @@ def _from_earlier_model(
     forget: Sequence[Tokens],
     retain: Sequence[Tokens],
     level: float | None,
+    earlier: Earlier,
 ) -> Goal:
-    # Only questions with answers have a form to be shown; plain text is taken as it comes.
-    asked = any(item.prompt > 1 for item in forget)
-    shots = [i for i in retain if asked and i.prompt > 1 and len(i.ids) <= SHOT_TOKENS]
-    context = shots[:: max(1, len(shots) // SHOTS)][:SHOTS]
+    source, context = "the earlier model", []
+    if earlier == "rehearse":
+        before = copy.deepcopy(before)
+        memorise_(before, evenly(retain, REHEARSED), REHEARSAL)
+        source += f", rehearsed on {min(REHEARSED, len(retain))} retain sequences"
+    elif earlier == "show":
+        # Only questions with answers have a form to be shown; plain text is taken as it comes.
+        asked = any(item.prompt > 1 for item in forget)
+        shots = [i for i in retain if asked and i.prompt > 1 and len(i.ids) <= SHOT_TOKENS]
+        context = evenly(shots, SHOTS)
+        source += f", shown {len(context)} retain examples"
     targets = targets_from_earlier_model(before, forget, context)
-    return _settled(targets, "what the model said before it memorised", level)
-
-
-def _from_rehearsed_model(
-    before: PreTrainedModel,
-    forget: Sequence[Tokens],
-    retain: Sequence[Tokens],
-    level: float | None,
-    count: int,
-) -> Goal:
-    """The goal by a copy of `before` that is briefly fine-tuned on some of the retain set."""
-    rehearsed = copy.deepcopy(before)
-    memorise_(
-        rehearsed,
-        evenly(retain, count),
-        MemoriseConfig(target=1.0, max_epochs=REHEARSAL_EPOCHS),
-    )
-    targets = targets_from_earlier_model(rehearsed, forget)
-    source = f"an earlier model rehearsed on {min(count, len(retain))} retain examples"
-    return _settled(targets, source, level)
-
-
-def _settled(targets: list[Target], source: str, level: float | None) -> Goal:
-    """The goal, its level being that of the targets or, with unseen text, between the two.
-
-    Two estimates of the same level, off for different reasons: one model does not know the content,
-    one content is not known to the model. Their geometric mean is closer to a retrained model than
-    either (docs/method.md has the numbers).
-    """
     expected = sum(t.answer_probability for t in targets) / len(targets)
     source = f"{source} ({expected:.3f})"
     if level is None:
         return Goal(targets, expected, source)
+    # Two estimates of the same level, off for different reasons: one model does not know the
+    # content, one content is not known to the model. Their geometric mean is closer to a
+    # retrained model than either (docs/method.md has the numbers).
     return Goal(targets, math.sqrt(level * expected), f"{source}, and unseen text ({level:.3f})")

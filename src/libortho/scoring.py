@@ -156,6 +156,18 @@ def _row_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
     return nll, greedy, mean, variance
 
 
+@torch.no_grad()
+def mean_token_kl(model: PreTrainedModel, other: PreTrainedModel, items: Sequence[Tokens]) -> float:
+    """KL(model || other) of the next-token distributions, nats, mean over predicted tokens."""
+    total, tokens = 0.0, 0
+    for batch in batches(items):
+        one = predicted_logits(model, batch).log_softmax(dim=1)
+        two = predicted_logits(other, batch).to(one.device).log_softmax(dim=1)
+        total += float(nn.functional.kl_div(two, one, reduction="sum", log_target=True))
+        tokens += sum(batch.counts)
+    return total / tokens
+
+
 def perplexity(nll: Sequence[Tensor]) -> float:
     """exp of the mean NLL over all predicted tokens."""
     return math.exp(float(torch.cat(list(nll)).double().mean()))

@@ -17,10 +17,10 @@ from torch import nn
 import libortho
 from libortho.alpha import ortho_layers
 from libortho.base import check_width
-from libortho.config import check_count, to_dict
+from libortho.config import check_choice, to_dict
 from libortho.data.general import general_text
 from libortho.data.tokens import Template, Tokens, as_tokens, collate, spread
-from libortho.goal import Aiming, choose_goal
+from libortho.goal import Aiming, Earlier, choose_goal
 from libortho.layer import OrthoLinear
 from libortho.linear import install, read_linear, select_linear
 from libortho.measures import measure_streams, untouched_layers
@@ -54,20 +54,19 @@ class SeparationConfig:
         method: a method's config; its class says which method.
         target_modules: the linear layers to split (see `select_linear`).
         general_text: add the embedded general text to the retain metric, beside the retain set.
-        rehearsal: retain sequences on which a copy of `before` (see `separate_`) is fine-tuned for
-            a moment, so that it answers in their form: the best guide to what a model that never
-            knew would say. It takes the memory of a fine-tune; 0 shows it a few examples instead.
+        earlier: how a model from before the memorising, if there is one, is asked what it would say
+            (see `goal.Earlier`). "rehearse" takes the memory of a fine-tune.
         template: how questions become prompts, where text is given.
     """
 
     method: MethodConfig = field(default_factory=GeometricConfig)
     target_modules: tuple[str, ...] = ("down_proj",)
     general_text: bool = True
-    rehearsal: int = 60
+    earlier: Earlier = "rehearse"
     template: Template = "plain"
 
     def __post_init__(self) -> None:
-        check_count("rehearsal", self.rehearsal, 0)
+        check_choice("earlier", self.earlier, Earlier)
         method_of(self.method)
         if isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", (self.target_modules,))
@@ -97,7 +96,7 @@ def separate_(
         tokenizer: the model's.
         before: the model before it memorised (same vocabulary). The forget set is then moved to
             what that model would say, once it knows the form of the retain set (see the config's
-            `rehearsal`).
+            `earlier`).
         unseen: sequences comparable to the forget set that the model has never seen: they say how
             unfamiliar the forget set should become. Without `before`, `unseen` and the config's
             `target_nll`, `DEFAULT_TARGET_NLL` is aimed at.
@@ -146,7 +145,7 @@ def separate_(
                     before=before,
                     unseen=unseen_items,
                     target_nll=config.method.target_nll,
-                    rehearsal=config.rehearsal,
+                    earlier=config.earlier,
                 )
                 journal.tell("goal", 1, 1)
         problem = Problem(
@@ -243,7 +242,7 @@ def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
             "torch": torch.__version__,
             "target_modules": list(config.target_modules),
             "general_text": config.general_text,
-            "rehearsal": config.rehearsal,
+            "earlier": config.earlier,
             "method": to_dict(config.method),
             "forget_sequences": len(problem.forget),
             "retain_sequences": len(problem.retain),

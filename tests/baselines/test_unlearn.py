@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from libortho.baselines.losses import NPO, RMU, GradDiff, Objective, SimNPO
-from libortho.baselines.memory import PeakMemory
 from libortho.baselines.unlearn import UnlearnConfig, unlearn_
 from libortho.data.tokens import Tokens
+from libortho.memory import PeakMemory
 from libortho.scoring import answer_probability, sequence_nll
 from libortho.training import MemoriseConfig, memorise_
 

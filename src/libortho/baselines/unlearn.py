@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from libortho.baselines.losses import NPO, Objective
-from libortho.baselines.memory import PeakMemory
 from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.tokens import Tokens, as_tokens, collate
+from libortho.memory import PeakMemory
 from libortho.scoring import answer_probability, sequence_nll
 from libortho.training import MasterWeights, Progress, shuffled_batches
 

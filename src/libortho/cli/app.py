@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,18 @@ from libortho.cli.console import (
     reporting_errors,
     write_json,
 )
-from libortho.data.tokens import Template
+from libortho.cli.options import (
+    Base,
+    Json,
+    Method,
+    OrthoRatio,
+    Seed,
+    Targets,
+    TemplateOption,
+    check_template,
+    method_config,
+)
+from libortho.cli.tofu import tofu
 
 app = typer.Typer(
     name="libortho",
@@ -24,117 +35,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Targets = Annotated[
-    list[str],
-    typer.Option(
-        "--target",
-        help="Layers to split: a module-name suffix or a regular expression; may be repeated.",
-    ),
-]
-OrthoRatio = Annotated[
-    float, typer.Option(help="Ortho parameters over the targeted layers' parameters, a fraction.")
-]
-Method = Annotated[str, typer.Option(help="geometric, or spectral (the original, data-free).")]
-Base = Annotated[
-    str, typer.Option(help="How the base is stored: int8, int4 (in groups of 64) or fp16.")
-]
-TemplateOption = Annotated[
-    str, typer.Option("--template", help="How a question becomes a prompt: plain or chat.")
-]
 
-
-def _method(name: str, ortho_ratio: float, seed: int, base: str, **more: Any) -> Any:
-    from libortho.config import BaseConfig
-    from libortho.methods.geometric import GeometricConfig
-    from libortho.methods.spectral import SpectralConfig, spectral_base
-
-    if base not in ("int8", "int4", "fp16"):
-        raise ValueError(f"--base {base!r}: expected int8, int4 or fp16")
-    if name == "geometric":
-        stored = BaseConfig(storage=base)  # type: ignore[arg-type]
-        return GeometricConfig(ortho_ratio=ortho_ratio, seed=seed, base=stored, **more)
-    if name == "spectral":
-        stored = spectral_base(base)  # type: ignore[arg-type]
-        return SpectralConfig(ortho_ratio=ortho_ratio, seed=seed, base=stored)
-    raise ValueError(f"--method {name!r}: expected geometric or spectral")
-
-
-def _template(name: str) -> Template:
-    if name not in ("plain", "chat"):
-        raise ValueError(f"--template {name!r}: expected plain or chat")
-    return name  # type: ignore[return-value]
-
-
-@app.command()
-def tofu(
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="A folder in TOFU's layout or a hub name (locuslab/TOFU); default: the embedded "
-            "fictional authors."
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="A local folder or Hugging Face name; default: the embedded SmolLM2."),
-    ] = None,
-    authors: Annotated[
-        int | None, typer.Option(help="Authors to memorise (10 embedded, 12 of TOFU).")
-    ] = None,
-    forget_authors: Annotated[int, typer.Option(help="How many of them to forget.")] = 2,
-    target: Targets = ["down_proj"],  # noqa: B006 - typer wants the default as a list
-    method: Method = "geometric",
-    ortho_ratio: OrthoRatio = 0.01,
-    base: Base = "int8",
-    reference: Annotated[
-        bool, typer.Option(help="Also fine-tune a model that never sees the forget authors.")
-    ] = True,
-    template: TemplateOption = "plain",
-    out: Annotated[Path | None, typer.Option(help="Result folder; default: runs/<time>.")] = None,
-    json_file: Json = None,
-    seed: Seed = 0,
-) -> None:
-    """Memorise some authors, split the model, and measure who still knows them.
-
-    With no options this is the demo: embedded model, embedded authors, a few minutes on two cores.
-    Writes summary.json, report.html and the split checkpoint; exits 3 if the authors could not be
-    forgotten within the budget.
-    """
-    with reporting_errors():
-        from libortho.data.embedded import embedded_model_path
-        from libortho.data.tasks import embedded_task, tofu_task
-        from libortho.evaluation.show import print_summary
-        from libortho.evaluation.tofu import TofuJob, run_tofu
-        from libortho.evaluation.write import run_folder, write_run
-        from libortho.separate import SeparationConfig
-        from libortho.training import MemoriseConfig
-
-        task = (
-            embedded_task(authors or 10, forget_authors, seed)
-            if data is None
-            else tofu_task(data, authors or 12, forget_authors)
-        )
-        folder = run_folder(out)
-        job = TofuJob(
-            model=model or str(embedded_model_path()),
-            task=task,
-            recipe=MemoriseConfig(seed=seed),
-            separation=SeparationConfig(
-                method=_method(method, ortho_ratio, seed, base), target_modules=tuple(target)
-            ),
-            template=_template(template),
-            reference=reference,
-        )
-        with progress_bars() as progress:
-            outcome = run_tofu(job, progress)
-        write_run(outcome, folder)
-        write_json(json_file, outcome.summary)
-        print_summary(outcome.summary, console)
-        console.print(f"\nreport  {folder / 'report.html'}\nsplit   {folder / 'split'}")
-        if not outcome.report.reached:
-            raise typer.Exit(EXIT_NOT_FORGOTTEN)
+app.command()(tofu)
 
 
 @app.command()
@@ -179,15 +81,14 @@ def separate(
 
         from libortho.checkpoint import check_writable, save_split
         from libortho.data.examples import read_jsonl
-        from libortho.evaluation.tofu import load_model
+        from libortho.evaluation.finetuned import load_model
         from libortho.separate import SeparationConfig, separate_
 
         # Everything that can be wrong with the arguments is found before the model is loaded.
-        more: dict[str, Any] = {} if target_nll is None else {"target_nll": target_nll}
         config = SeparationConfig(
-            method=_method(method, ortho_ratio, seed, base, **more),
+            method=method_config(method, ortho_ratio, seed, base, target_nll),
             target_modules=tuple(target),
-            template=_template(template),
+            template=check_template(template),
         )
         check_writable(out)
         forget_set, retain_set = read_jsonl(forget), read_jsonl(retain)
@@ -236,7 +137,7 @@ def evaluate(
         alphas = parse_alphas(alpha)
         with progress_bars() as progress:
             result = evaluate_text(
-                load_split(folder), folder, text, alphas, _template(template), progress
+                load_split(folder), folder, text, alphas, check_template(template), progress
             )
         write_json(json_file, result)
         print_evaluation(result, console)
@@ -263,7 +164,7 @@ def chat(
             folder,
             alphas=(0.0, alpha or 1.0) if compare else (alpha,),
             prompt=prompt,
-            template=_template(template),
+            template=check_template(template),
             max_new_tokens=max_new_tokens,
             json_file=json_file,
             seed=seed,

@@ -27,7 +27,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             style="bold" if name in ("alpha 0", "alpha 1") else "",
         )
     console.print(table)
-    for check in summary["checks"]:
+    for check in summary["bars"]:
         mark = "[green]holds[/]      " if check["holds"] else "[bold red]falls short[/]"
         console.print(
             f"{mark}  {check['bar']}: {check['value']:.4f} ({check['required']})", soft_wrap=True

@@ -10,13 +10,14 @@ not cut (TOFU has none).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from libortho.config import check_count
 from libortho.data.examples import Example
 from libortho.data.general import general_text
 from libortho.data.tasks import Task
@@ -32,6 +33,7 @@ from libortho.scoring import sequence_nll
 Progress = Callable[[str, int, int], None]
 
 _NO_REFERENCE = "no reference model's logs were given"
+_QUICK = "not part of the quick suite"
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,39 @@ class SuiteData:
 
 
 @dataclass(frozen=True)
+class SuiteConfig:
+    """What of the suite is measured.
+
+    Attributes:
+        quick: only what needs one pass over the answers: probabilities, truth ratio of the forget
+            set, memorisation, membership. No answers are generated, no general knowledge is asked.
+        limit: at most so many questions of each utility set (retain, real authors, world facts),
+            evenly spread; None for all. An entry's indices stay those of the whole set.
+        max_new_tokens: of a generated answer; OpenUnlearning's is 200.
+
+    Raises:
+        ValueError: `limit` or `max_new_tokens` is below 1.
+    """
+
+    quick: bool = False
+    limit: int | None = None
+    max_new_tokens: int = 200
+
+    def __post_init__(self) -> None:
+        check_count("max_new_tokens", self.max_new_tokens, 1)
+        if self.limit is not None:
+            check_count("limit", self.limit, 1)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One model's measurements.
 
     Attributes:
         logs: each metric's entry, as OpenUnlearning's TOFU_EVAL.json has them.
         missing: each metric that could not be computed, with the reason.
-        settings: what it was measured with: "limit", "max_new_tokens", "template", and under
-            "questions" how many of each set were asked and how many there are.
+        settings: what it was measured with: the config's, "template", and under "questions" how
+            many of each set were asked and how many there are.
     """
 
     logs: dict[str, Entry]
@@ -117,6 +144,23 @@ _KINDS = {
     "real_authors": (ANSWER, PERTURBED),
     "world_facts": (ANSWER, PERTURBED),
 }
+_QUICK_KINDS = {
+    "forget": (ANSWER, PARAPHRASED, PERTURBED),
+    "retain": (ANSWER,),
+    "holdout": (ANSWER,),
+}
+_LEFT_OUT = (
+    *(f"{prefix}_Q_A_ROUGE" for prefix in _PREFIX.values()),
+    *(
+        f"{prefix}_{part}"
+        for prefix in ("ra", "wf")
+        for part in ("Q_A_Prob_normalised", "Truth_Ratio")
+    ),
+    *(f"{name}_{part}" for name in ("forget", "retain") for part in ("loops", "broken_words")),
+    "model_utility",
+    "forget_fluency",
+    "wikitext_perplexity",
+)
 _UTILITY_SETS = ("retain", "real_authors", "world_facts")
 
 
@@ -124,11 +168,10 @@ def evaluate_suite(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: SuiteData,
+    config: SuiteConfig | None = None,
     *,
     template: Template = "plain",
     pretrained: PreTrainedModel | None = None,
-    limit: int | None = None,
-    max_new_tokens: int = 200,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure one model, at whatever alpha it is set to.
@@ -138,28 +181,22 @@ def evaluate_suite(
         template: how a question becomes a prompt.
         pretrained: an untouched model with the same tokenizer, which judges how fluent the answers
             to the forget questions are.
-        limit: at most so many questions of each utility set (retain, real authors, world facts),
-            evenly spread; an entry's indices stay those of the whole set.
-        max_new_tokens: of a generated answer; OpenUnlearning's is 200.
         progress: told (stage, done, total).
-
-    Raises:
-        ValueError: `limit` or `max_new_tokens` is below 1.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: expected at least 1, or None for every question")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    config = config or SuiteConfig()
     tell = progress or (lambda stage, done, total: None)
     parts = {
-        name: Part(name, examples, limit if name in _UTILITY_SETS else None)
+        name: Part(name, examples, config.limit if name in _UTILITY_SETS else None)
         for name, examples in data.sets().items()
+        if not config.quick or name in _QUICK_KINDS
     }
-    book = _Book(data.absent)
+    kinds = _QUICK_KINDS if config.quick else _KINDS
+    pairs = [(part, kind) for name, part in parts.items() for kind in kinds[name]]
+    book = _Book(data.absent, {(part.name, kind) for part, kind in pairs})
     scored = score(
         model,
         tokenizer,
-        [(part, kind) for name, part in parts.items() for kind in _KINDS[name]],
+        pairs,
         template,
         lambda done, total: tell("score", done, total),
     )
@@ -167,7 +204,34 @@ def evaluate_suite(
         if name in _PREFIX:
             _likelihoods(book, part, scored)
     _memorisation(book, parts, scored)
+    if config.quick:
+        book.missing |= dict.fromkeys(_LEFT_OUT, _QUICK)
+    else:
+        _ask(model, tokenizer, data, parts, book, config, template, pretrained, tell)
+    for name in ("forget_quality", "privleak"):
+        book.missing[name] = _NO_REFERENCE
+    settings = {
+        **dataclasses.asdict(config),
+        "template": template,
+        "questions": {
+            name: {"asked": len(part.examples), "of": part.whole} for name, part in parts.items()
+        },
+    }
+    return Evaluation(book.logs, book.missing, settings)
 
+
+def _ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: SuiteData,
+    parts: Mapping[str, Part],
+    book: _Book,
+    config: SuiteConfig,
+    template: Template,
+    pretrained: PreTrainedModel | None,
+    tell: Progress,
+) -> None:
+    """What needs generated answers, or general text."""
     asked = [part for name, part in parts.items() if name in _PREFIX]
     prompts = [prompt_ids(e.question or "", template, tokenizer) for p in asked for e in p.examples]
     answers = iter(
@@ -175,7 +239,7 @@ def evaluate_suite(
             model,
             tokenizer,
             prompts,
-            max_new_tokens,
+            config.max_new_tokens,
             progress=lambda done, total: tell("answer", done, total),
         )
     )
@@ -202,17 +266,6 @@ def evaluate_suite(
         tell("general text", 0, 1)
         nll = sequence_nll(model, text_windows(data.wikitext, tokenizer))
         book.logs["wikitext_perplexity"] = entries.perplexity_entry(nll)
-    for name in ("forget_quality", "privleak"):
-        book.missing[name] = _NO_REFERENCE
-    settings = {
-        "limit": limit,
-        "max_new_tokens": max_new_tokens,
-        "template": template,
-        "questions": {
-            name: {"asked": len(part.examples), "of": part.whole} for name, part in parts.items()
-        },
-    }
-    return Evaluation(book.logs, book.missing, settings)
 
 
 def with_reference(evaluation: Evaluation, reference_logs: Mapping[str, Entry]) -> Evaluation:
@@ -255,10 +308,11 @@ def _compared(name: str, own: Entry, reference: Entry) -> Entry:
 class _Book:
     """The entries made so far, and the reasons for those that could not be."""
 
-    def __init__(self, absent: Mapping[str, str]) -> None:
+    def __init__(self, absent: Mapping[str, str], scored: Container[tuple[str, str]]) -> None:
         self.logs: dict[str, Entry] = {}
         self.missing: dict[str, str] = {}
         self._absent = absent
+        self._scored = scored
 
     def add(self, name: str, needs: Sequence[tuple[Part, str]], make: Callable[[], Entry]) -> None:
         """Make an entry if every (set, kind of answer) that it needs is there."""
@@ -267,6 +321,9 @@ class _Book:
             if reason is not None:
                 known = self._absent.get(part.name) if not part.examples else None
                 self.missing[name] = known or reason
+                return
+            if (part.name, kind) not in self._scored:
+                self.missing[name] = _QUICK
                 return
         entry = make()
         if entry["agg_value"] is None:

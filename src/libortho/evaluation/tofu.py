@@ -1,185 +1,179 @@
-"""The main job: memorise some authors, split the model, and measure who still knows them.
+"""The TOFU job: fine-tune, split or unlearn by every method asked for, and measure all alike.
 
-    full model      fine-tuned on all authors
-    reference       fine-tuned, by the same recipe, without the authors to be forgotten
-    split           the full model, separated; measured at several alphas
+    full         fine-tuned on all authors
+    reference    fine-tuned, by the same recipe, without the authors to be forgotten
+    a split      the full model, separated; measured at several alphas
+    a baseline   the full model, unlearned by gradient steps to the same level; measured once
 
-Both fine-tunes are cached under a digest of model, data and recipe, so that a second run only
-splits and measures.
+Fine-tunes are cached. Splits and measurements are files in the job's folder, and a job that is
+started again with that folder goes on where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
+import functools
 import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel
 
 import libortho
 from libortho.alpha import alpha_scope
-from libortho.data.embedded import cache_dir
-from libortho.data.examples import Example
+from libortho.baselines.registry import Baseline
+from libortho.baselines.tune import TuneConfig, tune
+from libortho.checkpoint import load_split, save_split
 from libortho.data.tasks import Task
-from libortho.data.tokens import Template, Tokens, encode, prompt_ids
+from libortho.data.tokens import Template, Tokens, encode, evenly, prompt_ids
+from libortho.evaluation.bars import Bar, benchmark_bars, demo_bars
+from libortho.evaluation.finetuned import FineTuned, fine_tuned, load_model
+from libortho.evaluation.folder import JobFolder
 from libortho.evaluation.generation import greedy
-from libortho.evaluation.metrics import forget_quality, truth_ratio
-from libortho.report import SeparationReport
-from libortho.scoring import answer_probability, perplexity, sequence_nll
+from libortho.evaluation.rows import median_row, row_of
+from libortho.evaluation.suite import (
+    Evaluation,
+    SuiteConfig,
+    SuiteData,
+    evaluate_suite,
+    with_reference,
+)
+from libortho.goal import REHEARSAL, REHEARSED
+from libortho.memory import PeakMemory
+from libortho.scoring import mean_token_kl
 from libortho.separate import SeparationConfig, separate_
-from libortho.training import MemoriseConfig, memorise_
+from libortho.training import MemoriseConfig, Progress
 
-Progress = Callable[[str, int, int], None]
+QUICK_TOKENS = 40
+"""Longest answer that the quick suite shows."""
 
-CACHE_FORMAT = 1
-"""Raised when `memorise_` changes what it makes of the same inputs."""
+KL_SEQUENCES = 40
+"""Sequences of each set over which the distance to the full model is averaged."""
 
 
 @dataclass(frozen=True)
 class TofuJob:
-    """One run of the main job.
+    """One run of the job.
 
     Attributes:
         model: a local folder or a Hugging Face name of a causal LM.
         task: what is memorised and forgotten.
-        recipe: of both fine-tunes.
-        separation: of the split.
-        alphas: at which the split is measured.
-        template: how a question becomes a prompt.
-        reference: also fine-tune and measure the model that never saw the forget authors.
-        examples: forget questions whose answers are shown in the report.
+        methods: name -> how to split, or which baseline to run; the first is the main method, whose
+            rows are called "alpha 0" and so on, and which the bars are about.
+        recipe: of the fine-tunes.
+        suite: what is measured of each model.
+        alphas: where splits are measured.
+        template: how questions become prompts.
+        reference: also fine-tune the reference.
+        seeds: the whole is done once for each: order of the training data, randomness of methods.
+        tuning: budget of each baseline.
+        wikitext: running text for perplexity, or None.
+        examples: questions whose answers are shown.
     """
 
     model: str
     task: Task
+    methods: Mapping[str, SeparationConfig | Baseline] = field(
+        default_factory=lambda: {"geometric": SeparationConfig()}
+    )
     recipe: MemoriseConfig = field(default_factory=MemoriseConfig)
-    separation: SeparationConfig = field(default_factory=SeparationConfig)
+    suite: SuiteConfig = field(default_factory=lambda: SuiteConfig(quick=True))
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     template: Template = "plain"
     reference: bool = True
+    seeds: tuple[int, ...] = (0,)
+    tuning: TuneConfig = field(default_factory=TuneConfig)
+    wikitext: str | None = None
     examples: int = 6
 
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("methods is empty: expected at least one")
+        if not isinstance(next(iter(self.methods.values())), SeparationConfig):
+            raise ValueError(
+                f"the first method is {next(iter(self.methods))}: expected one that splits, "
+                "for the table to have an alpha; baselines come after it"
+            )
+        if not self.seeds:
+            raise ValueError("seeds is empty: expected at least one")
 
-@dataclass(frozen=True)
-class TofuOutcome:
-    """What a job made.
+    @property
+    def main(self) -> str:
+        """The main method."""
+        return next(iter(self.methods))
 
-    Attributes:
-        summary: JSON-ready measurements; the report is drawn from it alone.
-        model: the split model.
-        tokenizer: its tokenizer.
-        report: of the split.
-    """
-
-    summary: dict[str, Any]
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    report: SeparationReport
-
-
-def load_model(name: str) -> PreTrainedModel:
-    """A causal LM in bf16, in evaluation mode, without gradients. Never runs a model's own code."""
-    # Eager attention: on a CPU, in bf16, it is about twice as fast as the fused kernel for short
-    # sequences, forward and backward (torch 2.13).
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=False
-    )
-    return model.eval().requires_grad_(False)
+    @property
+    def baselines(self) -> list[str]:
+        return [n for n, m in self.methods.items() if not isinstance(m, SeparationConfig)]
 
 
-def run_tofu(job: TofuJob, progress: Progress | None = None) -> TofuOutcome:
+def run_tofu(job: TofuJob, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Run the job; see the module's text.
 
+    Args:
+        job: what to do.
+        folder: for splits and measurements; empty, or that of an interrupted run of the same job.
+        progress: called as work goes on.
+
+    Returns:
+        The summary, JSON-ready; the report is drawn from it alone.
+
     Raises:
+        FileExistsError: `folder` holds something else.
         ValueError, OSError: as `separate_` and the loading of models do.
     """
     tell = progress or (lambda stage, done, total: None)
-    started, seconds = time.perf_counter(), dict[str, float]()
+    started = time.perf_counter()
+    store = JobFolder(folder, _identity(job))
     tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
-    forget = [encode(e, tokenizer, job.template) for e in job.task.forget]
-    retain = [encode(e, tokenizer, job.template) for e in job.task.retain]
-    unseen = [encode(e, tokenizer, job.template) for e in job.task.unseen]
-    measure = _Measure(job, tokenizer, forget, retain)
+    seeds = {}
+    for seed in job.seeds:
+        label = "" if len(job.seeds) == 1 else f"seed {seed}: "
 
-    clock = time.perf_counter()
-    model, epochs, cached = _memorised(job, "full", [*retain, *forget], job.recipe, tell)
-    seconds["full model"] = time.perf_counter() - clock
-    tell("measure the full model", 0, 1)
-    rows: dict[str, dict[str, Any]] = {"full": measure(model)}
-    answers: dict[str, list[str]] = {"full": measure.answers(model)}
+        def labelled(stage: str, done: int, total: int, label: str = label) -> None:
+            tell(label + stage, done, total)
 
-    if job.reference:
-        clock = time.perf_counter()
-        # The same recipe means the same number of epochs, not the same level: what the reference
-        # does not know it cannot reach.
-        recipe = dataclasses.replace(job.recipe, target=1.0, max_epochs=epochs)
-        reference, _, _ = _memorised(job, "reference", retain, recipe, tell)
-        seconds["reference"] = time.perf_counter() - clock
-        tell("measure the reference", 0, 1)
-        rows["reference"] = measure(reference)
-        answers["reference"] = measure.answers(reference)
-        del reference
-
-    clock = time.perf_counter()
-    report = separate_(
-        model,
-        forget,
-        retain,
-        job.separation,
-        tokenizer=tokenizer,
-        before=load_model(job.model),
-        unseen=unseen or None,
-        progress=tell,
-    )
-    seconds["split"] = time.perf_counter() - clock
-    clock = time.perf_counter()
-    for done, alpha in enumerate(job.alphas):
-        tell("measure the split", done, len(job.alphas))
-        with alpha_scope(model, alpha):
-            rows[f"alpha {alpha:g}"] = measure(model)
-            if alpha in (min(job.alphas), max(job.alphas)):
-                answers[f"alpha {alpha:g}"] = measure.answers(model)
-    tell("measure the split", len(job.alphas), len(job.alphas))
-    seconds["measure"] = time.perf_counter() - clock
-    if "reference" in rows:
-        for row in rows.values():
-            row["forget_quality"] = forget_quality(
-                row["truth_ratios"], rows["reference"]["truth_ratios"]
-            )
-    seconds["total"] = time.perf_counter() - started
-    summary = {
+        seeds[seed] = _Seed(job, seed, store, tokenizer, labelled).run()
+    first = seeds[job.seeds[0]]
+    names = [name for name in first.rows if all(name in s.rows for s in seeds.values())]
+    rows = {name: median_row([s.rows[name] for s in seeds.values()]) for name in names}
+    return {
         "task": {
             "name": job.task.name,
             "source": job.task.source,
-            "forget": len(forget),
-            "retain": len(retain),
+            "forget": len(job.task.forget),
+            "retain": len(job.task.retain),
         },
         "model": job.model,
+        "methods": {
+            name: dataclasses.asdict(method) | {"kind": type(method).__name__}
+            for name, method in job.methods.items()
+        },
         "rows": rows,
-        "checks": _checks(rows, report),
-        "examples": _examples(job.task.forget[: job.examples], answers),
-        "separation": report.to_dict(),
-        "recipe": {**dataclasses.asdict(job.recipe), "epochs": epochs, "cached": cached},
-        "seconds": seconds,
+        "bars": [bar.to_dict() for bar in _bars(job, rows, first.separation)],
+        "seeds": {
+            str(seed): {
+                "rows": done.rows,
+                "bars": [bar.to_dict() for bar in _bars(job, done.rows, done.separation)],
+                "missing": {row: e.missing for row, e in done.evaluations.items()},
+                "tuning": done.tuning,
+                "reached": done.separation["reached"],
+            }
+            for seed, done in seeds.items()
+        },
+        "examples": first.examples,
+        "separation": first.separation,
+        "recipe": {**dataclasses.asdict(job.recipe), **first.recipe},
+        "suite": dataclasses.asdict(job.suite),
+        "seconds": {**first.seconds, "total": time.perf_counter() - started},
         "versions": versions(),
     }
-    return TofuOutcome(summary, model, tokenizer, report)
 
 
 def versions() -> dict[str, str]:
@@ -193,149 +187,277 @@ def versions() -> dict[str, str]:
     }
 
 
-def _checks(rows: dict[str, dict[str, Any]], report: SeparationReport) -> list[dict[str, Any]]:
-    """The job's bars, each with its value: what a split of this kind should achieve."""
-    base, whole, full = rows.get("alpha 0"), rows.get("alpha 1"), rows["full"]
-    # A model that never knew them has nothing to forget, and every bar below would be idle.
-    known = ("full model: forget probability", full["forget_probability"], ">=", 0.9)
-    found: list[tuple[str, float, str, float]] = [known]
-    if base and "reference" in rows:
-        gap = abs(base["forget_probability"] - rows["reference"]["forget_probability"])
-        found.append(("alpha 0: forget probability, distance to the reference", gap, "<=", 0.05))
-    if base:
-        kept = base["retain_probability"] / full["retain_probability"]
-        found.append(("alpha 0: retain probability / full model's", kept, ">=", 0.95))
-    if whole:
-        for part in ("forget", "retain"):
-            gap = abs(whole[f"{part}_probability"] - full[f"{part}_probability"])
-            found.append(
-                (f"alpha 1: {part} probability, distance to the full model", gap, "<=", 0.01)
-            )
-    if report.layers and report.layers[0].kind == "low_rank":
-        found.append(("ortho parameters / targeted layers'", report.density, "<=", 0.01))
-    return [
-        {
-            "bar": name,
-            "value": value,
-            "required": f"{sign} {limit}",
-            "holds": value <= limit if sign == "<=" else value >= limit,
-        }
-        for name, value, sign, limit in found
-    ]
+def _identity(job: TofuJob) -> dict[str, Any]:
+    """What must be equal for a job to go on in a folder: all that its results depend on."""
+    return {
+        "libortho": libortho.__version__,
+        "model": job.model,
+        "task": dataclasses.asdict(job.task),
+        "methods": {
+            name: [type(method).__name__, dataclasses.asdict(method)]
+            for name, method in job.methods.items()
+        },
+        "recipe": dataclasses.asdict(job.recipe),
+        "suite": dataclasses.asdict(job.suite),
+        "alphas": job.alphas,
+        "template": job.template,
+        "reference": job.reference,
+        "seeds": job.seeds,
+        "tuning": dataclasses.asdict(job.tuning),
+        "wikitext": job.wikitext,
+        "examples": job.examples,
+    }
 
 
-def _examples(shown: Sequence[Example], answers: dict[str, list[str]]) -> list[dict[str, str]]:
-    return [
-        {
-            "question": example.question or "",
-            "truth": example.answer,
-            **{who: said[i] for who, said in answers.items()},
-        }
-        for i, example in enumerate(shown)
-    ]
+def _bars(
+    job: TofuJob, rows: Mapping[str, Mapping[str, Any]], separation: Mapping[str, Any]
+) -> list[Bar]:
+    low_rank = separation["layers"] and separation["layers"][0]["kind"] == "low_rank"
+    density = separation["totals"]["density"] if low_rank else None
+    if job.suite.quick or "reference" not in rows or not {"alpha 0", "alpha 1"} <= set(rows):
+        return demo_bars(rows, density)
+    return benchmark_bars(rows, density, job.baselines)
 
 
-def truth_ratios(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template = "plain",
-) -> list[float]:
-    """`truth_ratio` of each example, the paraphrased answer being the right one.
-
-    Raises:
-        ValueError: an example has no paraphrased or no perturbed answers.
-    """
-    for example in examples:
-        if not example.perturbed_answers or example.paraphrased_answer is None:
-            raise ValueError(
-                f"{example.question!r} has no paraphrased and perturbed answers: "
-                "the truth ratio is not defined"
-            )
-    answers = [(e.question, e.paraphrased_answer or "", e.perturbed_answers) for e in examples]
-    tokens = [
-        encode(Example(a, question), tokenizer, template)
-        for question, right, wrong in answers
-        for a in (right, *wrong)
-    ]
-    losses = iter([float(nll.mean()) for nll in sequence_nll(model, tokens)])
-    return [truth_ratio(next(losses), [next(losses) for _ in wrong]) for _, _, wrong in answers]
-
-
-class _Measure:
-    """The measurements of one model, the same for every row of the table."""
+class _Seed:
+    """The job for one seed; its results are in its attributes after `run`."""
 
     def __init__(
-        self,
-        job: TofuJob,
-        tokenizer: PreTrainedTokenizerBase,
-        forget: list[Tokens],
-        retain: list[Tokens],
+        self, job: TofuJob, seed: int, store: JobFolder, tokenizer: Any, tell: Progress
     ) -> None:
-        self._job, self._tokenizer = job, tokenizer
-        self._forget, self._retain = forget, retain
+        self.job, self.seed, self.store = job, seed, store
+        self.tokenizer, self.tell = tokenizer, tell
+        self.forget = self._encode(job.task.forget)
+        self.retain = self._encode(job.task.retain)
+        self.unseen = self._encode(job.task.unseen)
+        self.data = SuiteData.of_task(job.task, job.wikitext)
+        self.evaluations: dict[str, Evaluation] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.tuning: dict[str, Any] = {}
+        self.recipe: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self.separation: dict[str, Any] = {}
+        self.examples: list[dict[str, str]] = []
 
-    def __call__(self, model: PreTrainedModel) -> dict[str, Any]:
-        known, kept = sequence_nll(model, self._forget), sequence_nll(model, self._retain)
-        ratios = truth_ratios(model, self._job.task.forget, self._tokenizer, self._job.template)
-        return {
-            "forget_probability": answer_probability(known),
-            "retain_probability": answer_probability(kept),
-            "forget_perplexity": perplexity(known),
-            "retain_perplexity": perplexity(kept),
-            "truth_ratio": sum(ratios) / len(ratios),
-            "truth_ratios": ratios,
-        }
+    def _encode(self, examples: Any) -> list[Tokens]:
+        return [encode(e, self.tokenizer, self.job.template) for e in examples]
 
-    def answers(self, model: PreTrainedModel) -> list[str]:
-        """Greedy answers to the first forget questions."""
+    def run(self) -> _Seed:
+        job = self.job
+        full = self._fine_tune("full", [*self.retain, *self.forget])
+        self._measure("full", full.load)
+        if job.reference:
+            reference = self._fine_tune("reference", self.retain, epochs=full.epochs)
+            self._measure("reference", reference.load)
+        for name, method in job.methods.items():
+            if isinstance(method, SeparationConfig):
+                self._split(name, method, full)
+            else:
+                self._unlearn(name, method, full)
+        self._finish()
+        return self
+
+    # -- models --------------------------------------------------------------------------------
+
+    def _fine_tune(self, label: str, items: list[Tokens], epochs: int | None = None) -> FineTuned:
+        recipe = dataclasses.replace(self.job.recipe, seed=self.seed)
+        if epochs is not None:
+            # The same recipe means the same number of epochs, not the same level: what the
+            # reference does not know it cannot reach.
+            recipe = dataclasses.replace(recipe, target=1.0, max_epochs=epochs)
+        clock = time.perf_counter()
+        made = fine_tuned(self.job.model, items, recipe, label, self.tell)
+        self.seconds[f"{label} model"] = time.perf_counter() - clock
+        self.recipe.setdefault("epochs", made.epochs)
+        self.recipe[f"{label} cached"] = made.cached
+        return made
+
+    def _split(self, name: str, config: SeparationConfig, full: FineTuned) -> None:
+        """Split the full model (or find the split that an interrupted run made), and measure."""
+        folder = self.store.split(self.seed, name, main=self._is_first(name))
+
+        @functools.cache
+        def model() -> PreTrainedModel:
+            return self._load_or_make_split(name, config, full, folder)
+
+        for alpha in self.job.alphas:
+            with_alpha = functools.partial(self._at, model, alpha)
+            row = f"alpha {alpha:g}" if name == self.job.main else f"{name}, alpha {alpha:g}"
+            self._measure(row, model, with_alpha, full if alpha in (0.0, 1.0) else None)
+        held = self.store.read(self.seed, f"{name}.json")
+        if name == self.job.main:
+            self.separation = held["report"]
+            self.seconds["split"] = held["seconds"]
+        for row, values in self.rows.items():
+            if row.startswith("alpha " if name == self.job.main else f"{name}, alpha "):
+                values |= {key: held[key] for key in ("seconds", "peak_memory")}
+
+    def _is_first(self, name: str) -> bool:
+        return name == self.job.main and self.seed == self.job.seeds[0]
+
+    @staticmethod
+    def _at(model: Callable[[], PreTrainedModel], alpha: float) -> Any:
+        return alpha_scope(model(), alpha)
+
+    def _load_or_make_split(
+        self, name: str, config: SeparationConfig, full: FineTuned, folder: Path
+    ) -> PreTrainedModel:
+        if self.store.has(self.seed, f"{name}.json"):
+            return _eager(load_split(folder))
+        model = full.load()
+        # What `separate_` would do by itself, but cached.
+        rehearsed = fine_tuned(
+            self.job.model, evenly(self.retain, REHEARSED), REHEARSAL, "rehearsal", self.tell
+        )
+        clock = time.perf_counter()
+        with PeakMemory() as memory:
+            report = separate_(
+                model,
+                self.forget,
+                self.retain,
+                dataclasses.replace(_seeded(config, self.seed), earlier="trust"),
+                tokenizer=self.tokenizer,
+                before=rehearsed.load(),
+                unseen=self.unseen or None,
+                progress=self._named(name),
+            )
+        save_split(model, folder, tokenizer=self.tokenizer, report=report)
+        found = report.to_dict()
+        spent = time.perf_counter() - clock - found["seconds"].get("measure", 0.0)
+        spent += rehearsed.seconds or 0.0
+        self.store.write(
+            self.seed,
+            f"{name}.json",
+            {"seconds": spent, "peak_memory": memory.growth, "report": found},
+        )
+        return model
+
+    def _named(self, name: str) -> Progress:
+        if len(self.job.methods) == 1:
+            return self.tell
+        return lambda stage, done, total: self.tell(f"{name}: {stage}", done, total)
+
+    def _unlearn(self, name: str, baseline: Baseline, full: FineTuned) -> None:
+        """Tune a baseline to the level that the main method aimed at, and measure the best."""
+        level = float(self.separation["target"]["probability"])
+        found: dict[str, Any] = {}
+
+        def make() -> PreTrainedModel:
+            outcome = tune(
+                full.load,
+                self.forget,
+                self.retain,
+                _seeded(baseline, self.seed),
+                level,
+                self.job.tuning,
+                self._named(name),
+            )
+            chosen = outcome.candidates[outcome.chosen]
+            found.update(
+                seconds=chosen.training_seconds,
+                peak_memory=chosen.peak_memory,
+                stopped=chosen.reached,
+                candidates=[dataclasses.asdict(c) for c in outcome.candidates],
+                chosen=outcome.chosen,
+            )
+            self.store.write(self.seed, f"{name}.json", found)
+            return outcome.model
+
+        self._measure(name, make)
+        held = self.store.read(self.seed, f"{name}.json")
+        self.tuning[name] = held
+        self.rows[name] |= {key: held[key] for key in ("seconds", "peak_memory", "stopped")}
+
+    # -- measurements ----------------------------------------------------------------------------
+
+    def _measure(
+        self,
+        row: str,
+        make: Callable[[], PreTrainedModel],
+        scope: Callable[[], Any] | None = None,
+        full: FineTuned | None = None,
+    ) -> None:
+        """Evaluate a model, unless an interrupted run did."""
+        held = self.store.evaluation(self.seed, row)
+        if held is None:
+            model = make()
+            clock = time.perf_counter()
+            with scope() if scope else nullcontext():
+                evaluation = evaluate_suite(
+                    model,
+                    self.tokenizer,
+                    self.data,
+                    self.job.suite,
+                    template=self.job.template,
+                    pretrained=self._pretrained,
+                    progress=lambda stage, done, total: self.tell(f"{row}: {stage}", done, total),
+                )
+                if self.job.suite.quick and self.job.examples:
+                    evaluation.logs["forget_answers"] = self._answers(model)
+                if full is not None:
+                    evaluation.logs["kl_to_full"] = self._distance(model, full.load())
+            self.seconds["measure"] = self.seconds.get("measure", 0.0) + time.perf_counter() - clock
+            self.store.keep(self.seed, row, evaluation)
+            held = evaluation
+        self.evaluations[row] = held
+        self.rows[row] = row_of(held.logs)
+
+    @functools.cached_property
+    def _pretrained(self) -> PreTrainedModel | None:
+        return None if self.job.suite.quick else load_model(self.job.model)
+
+    def _distance(self, model: PreTrainedModel, full: PreTrainedModel) -> dict[str, Any]:
+        items = [*self.forget[:KL_SEQUENCES], *self.retain[:KL_SEQUENCES]]
+        return {"agg_value": mean_token_kl(full, model, items)}
+
+    def _answers(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Greedy answers to the first forget questions, in the shape of a metric's entry."""
         prompts = [
-            prompt_ids(e.question or "", self._job.template, self._tokenizer)
-            for e in self._job.task.forget[: self._job.examples]
+            prompt_ids(e.question or "", self.job.template, self.tokenizer)
+            for e in self.job.task.forget[: self.job.examples]
         ]
-        return greedy(model, self._tokenizer, prompts, 40) if prompts else []
+        said = greedy(model, self.tokenizer, prompts, QUICK_TOKENS)
+        by_index = {str(i): {"generation": text} for i, text in enumerate(said)}
+        return {"agg_value": None, "value_by_index": by_index}
+
+    def _finish(self) -> None:
+        """Compare every model with the reference, and collect the answers that are shown."""
+        reference = self.evaluations.get("reference")
+        for row, evaluation in self.evaluations.items():
+            if reference is not None:
+                compared = with_reference(evaluation, reference.logs)
+                self.store.keep(self.seed, row, compared)
+                self.evaluations[row] = evaluation = compared
+            self.rows[row] = {**self.rows[row], **row_of(evaluation.logs)}
+        for position, example in enumerate(self.job.task.forget[: self.job.examples]):
+            said = {
+                row: _answer(evaluation, position)
+                for row, evaluation in self.evaluations.items()
+                if "alpha " not in row or row.endswith(("alpha 0", "alpha 1"))
+            }
+            self.examples.append(
+                {"question": example.question or "", "truth": example.answer, **said}
+            )
 
 
-# -- the cache of fine-tuned models --------------------------------------------------------------
+def _answer(evaluation: Evaluation, position: int) -> str:
+    asked = "forget_Q_A_ROUGE" if "forget_Q_A_ROUGE" in evaluation.logs else "forget_answers"
+    return str(evaluation.logs[asked]["value_by_index"][str(position)]["generation"])
 
 
-def _digest(model: str, items: Sequence[Tokens], recipe: MemoriseConfig) -> str:
-    described = {
-        "format": CACHE_FORMAT,
-        "model": _model_identity(model),
-        "items": [(item.ids, item.prompt) for item in items],
-        "recipe": dataclasses.asdict(recipe),
-    }
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:20]
+def _seeded(method: Any, seed: int) -> Any:
+    """A method's config with the job's seed, wherever it keeps one."""
+    changes: dict[str, Any] = {}
+    for part in dataclasses.fields(method):
+        value = getattr(method, part.name)
+        if part.name == "seed":
+            changes["seed"] = seed
+        elif part.name in ("method", "training", "objective"):
+            changes[part.name] = _seeded(value, seed)
+    return dataclasses.replace(method, **changes)
 
 
-def _model_identity(model: str) -> list[Any]:
-    folder = Path(model)
-    if not folder.is_dir():
-        return [model]
-    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json"))
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-
-
-def _memorised(
-    job: TofuJob, label: str, items: list[Tokens], recipe: MemoriseConfig, tell: Progress
-) -> tuple[PreTrainedModel, int, bool]:
-    """The model fine-tuned on `items`: (model, epochs, came from the cache)."""
-    folder = cache_dir() / "memorised" / _digest(job.model, items, recipe)
-    marker = folder / "memorised.json"
-    if marker.is_file():
-        tell(f"load the {label} model", 1, 1)
-        return load_model(str(folder)), int(json.loads(marker.read_text())["epochs"]), True
-    model = load_model(job.model)
-    epochs = memorise_(
-        model, items, recipe, lambda stage, done, total: tell(f"{label}: {stage}", done, total)
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-    try:
-        model.save_pretrained(partial)
-        (partial / marker.name).write_text(json.dumps({"epochs": epochs}))
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return model, epochs, False
+def _eager(model: PreTrainedModel) -> PreTrainedModel:
+    """With the attention that `load_model` gives, so that a run that goes on measures alike."""
+    model.set_attn_implementation("eager")
+    return model

@@ -1,4 +1,4 @@
-"""A run's folder: summary.json, report.html and the split checkpoint."""
+"""A job's results in files: summary.json and report.html, beside its splits."""
 
 from __future__ import annotations
 
@@ -8,29 +8,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from libortho.checkpoint import save_split
-from libortho.evaluation.tofu import TofuOutcome
+from libortho.files import write_json
 
 
 def run_folder(out: Path | None) -> Path:
-    """The folder for a run's results, made: `out`, or runs/<local time>.
-
-    Raises:
-        FileExistsError: `out` holds files already.
-    """
-    folder = out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty: choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """The folder for a job's results: `out`, or runs/<local time>."""
+    return out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
 
 
-def write_run(outcome: TofuOutcome, folder: Path) -> None:
-    """Write the split first: it is what cannot be drawn again from a summary."""
-    save_split(outcome.model, folder / "split", tokenizer=outcome.tokenizer, report=outcome.report)
-    text = json.dumps(outcome.summary, indent=1, ensure_ascii=False)
-    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(render_report(outcome.summary), encoding="utf-8")
+def write_summary(summary: dict[str, Any], folder: Path) -> None:
+    """Write a job's summary and the page that is drawn from it."""
+    write_json(folder / "summary.json", summary)
+    (folder / "report.html").write_text(render_report(summary), encoding="utf-8")
 
 
 def render_report(summary: dict[str, Any]) -> str:
@@ -51,8 +40,7 @@ def render_report(summary: dict[str, Any]) -> str:
         .from_string(source)
         .render(
             **{
-                k: summary[k]
-                for k in ("task", "rows", "checks", "examples", "separation", "seconds")
+                k: summary[k] for k in ("task", "rows", "bars", "examples", "separation", "seconds")
             },
             model_name=Path(summary["model"]).name,
             base=rows[swept[0]],

@@ -1,0 +1,64 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from libortho.data.tokens import Template
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Targets = Annotated[
+    list[str],
+    typer.Option(
+        "--target",
+        help="Layers to split: a module-name suffix or a regular expression; may be repeated.",
+    ),
+]
+OrthoRatio = Annotated[
+    float, typer.Option(help="Ortho parameters over the targeted layers' parameters, a fraction.")
+]
+Method = Annotated[str, typer.Option(help="geometric, or spectral (the original, data-free).")]
+Base = Annotated[
+    str, typer.Option(help="How the base is stored: int8, int4 (in groups of 64) or fp16.")
+]
+TemplateOption = Annotated[
+    str, typer.Option("--template", help="How a question becomes a prompt: plain or chat.")
+]
+
+
+def method_config(
+    name: str, ortho_ratio: float, seed: int, base: str, target_nll: float | None = None
+) -> Any:
+    """The config of a method that splits, from its name and the options.
+
+    Raises:
+        ValueError: a name or a value that is not among those that are possible.
+    """
+    import dataclasses
+
+    from libortho.config import BaseConfig
+    from libortho.methods import METHODS
+    from libortho.methods.spectral import spectral_base
+
+    if name not in METHODS:
+        raise ValueError(f"--method {name!r}: expected one of {', '.join(sorted(METHODS))}")
+    if base not in ("int8", "int4", "fp16"):
+        raise ValueError(f"--base {base!r}: expected int8, int4 or fp16")
+    stored: Any = spectral_base if name == "spectral" else BaseConfig
+    values: dict[str, Any] = {"ortho_ratio": ortho_ratio, "seed": seed, "base": stored(base)}
+    if target_nll is not None:
+        if "target_nll" not in {field.name for field in dataclasses.fields(METHODS[name])}:
+            raise ValueError(f"--target-nll: method {name} aims at no level")
+        values["target_nll"] = target_nll
+    return METHODS[name](**values)
+
+
+def check_template(name: str) -> Template:
+    """A template's name, checked."""
+    if name not in ("plain", "chat"):
+        raise ValueError(f"--template {name!r}: expected plain or chat")
+    return name  # type: ignore[return-value]
