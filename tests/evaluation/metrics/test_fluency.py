@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libortho.evaluation.metrics import broken_words, has_loop, vocabulary
+from libortho.evaluation.metrics import broken_words, has_loop, token_words, vocabulary
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,16 @@ def test_broken_words(text: str, broken: list[str]) -> None:
 def test_vocabulary_is_of_words_without_case() -> None:
     assert vocabulary(["It's RED, 3rd x_y"]) >= {"it", "s", "red", "rd", "x", "y"}
     assert vocabulary([]) == frozenset()
+
+
+def test_token_words_begin_a_word_and_are_long_enough() -> None:
+    tokens = [
+        "\u0120garden",
+        "\u2581Haus",
+        "garden",
+        "\u0120gar",
+        "\u0120abc1d",
+        "\u0120",
+        "xgarden",
+    ]
+    assert token_words(tokens) == ["garden", "Haus"]

@@ -4,7 +4,7 @@ Where OpenUnlearning (Dorna et al. 2025, arXiv 2506.12618) defines one otherwise
 OpenUnlearning is followed and the docstring says so. `libortho.evaluation.suite` computes them.
 """
 
-from libortho.evaluation.metrics.fluency import broken_words, has_loop, vocabulary
+from libortho.evaluation.metrics.fluency import broken_words, has_loop, token_words, vocabulary
 from libortho.evaluation.metrics.membership import (
     MIN_K,
     loss_score,
@@ -44,6 +44,7 @@ __all__ = [
     "probability",
     "rouge_l_recall",
     "rouge_scores",
+    "token_words",
     "true_better",
     "truth_ratio",
     "vocabulary",
