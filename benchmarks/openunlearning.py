@@ -37,7 +37,7 @@ from libortho.cli.console import write_json
 from libortho.data import Example, encode, tofu_task
 from libortho.data.tokens import Tokens
 from libortho.evaluation.entries import write_openunlearning
-from libortho.evaluation.suite import SuiteData, evaluate_suite, with_reference
+from libortho.evaluation.suite import SuiteConfig, SuiteData, evaluate_suite, with_reference
 from libortho.evaluation.tofu import versions
 
 TOLERANCE = 1e-3
@@ -246,9 +246,11 @@ def main() -> int:
         folder = Path(temporary)
         # Of the reference, only what is said about the forget set is looked at, and no answer.
         bare = SuiteData(data.forget, data.retain[:1], data.holdout)
-        reference = evaluate_suite(models["reference"], tokenizer, bare, max_new_tokens=1)
+        reference = evaluate_suite(
+            models["reference"], tokenizer, bare, SuiteConfig(max_new_tokens=1)
+        )
         ours = evaluate_suite(
-            models["model"], tokenizer, data, max_new_tokens=options.max_new_tokens
+            models["model"], tokenizer, data, SuiteConfig(max_new_tokens=options.max_new_tokens)
         )
         ours = with_reference(ours, reference.logs)
         write_openunlearning(ours.logs, folder / "ours")

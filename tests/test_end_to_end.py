@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
+from transformers import AutoTokenizer
 
 from libortho.alpha import alpha_scope
 from libortho.checkpoint import base_only, load_split
 from libortho.data import embedded_model_path, embedded_task, encode
 from libortho.errors import OrthoStreamMissing
 from libortho.evaluation.tofu import TofuJob, run_tofu
-from libortho.evaluation.write import write_run
+from libortho.evaluation.write import write_summary
 from libortho.scoring import answer_probability, sequence_nll
 
 
@@ -23,27 +23,27 @@ def test_a_real_model_forgets_and_remembers(tmp_path: Path) -> None:
     job = TofuJob(
         model=str(embedded_model_path()), task=task, alphas=(0.0, 1.0), reference=False, examples=1
     )
-    outcome = run_tofu(job)
-    rows = outcome.summary["rows"]
+    summary = run_tofu(job, tmp_path / "run")
+    rows = summary["rows"]
     full, base, whole = rows["full"], rows["alpha 0"], rows["alpha 1"]
     assert full["forget_probability"] >= 0.9
     assert base["forget_probability"] <= 0.25
     assert base["retain_probability"] >= 0.95 * full["retain_probability"]
     assert whole["forget_probability"] == pytest.approx(full["forget_probability"], abs=0.01)
     assert whole["retain_probability"] == pytest.approx(full["retain_probability"], abs=0.01)
-    assert outcome.report.density <= 0.01
-    assert outcome.report.reached
+    assert summary["separation"]["totals"]["density"] <= 0.01
+    assert summary["separation"]["reached"]
 
-    (tmp_path / "run").mkdir()
-    write_run(outcome, tmp_path / "run")
+    write_summary(summary, tmp_path / "run")
     loaded = load_split(tmp_path / "run" / "split")
     # The job runs with eager attention; bit for bit needs the same arithmetic around the split.
     loaded.set_attn_implementation("eager")
-    forget = [encode(e, outcome.tokenizer) for e in task.forget]
-    for alpha in (0.0, 1.0):
-        with alpha_scope(outcome.model, alpha), alpha_scope(loaded, alpha):
-            before, after = sequence_nll(outcome.model, forget), sequence_nll(loaded, forget)
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "split")
+    forget = [encode(e, tokenizer) for e in task.forget]
+    for alpha, row in ((0.0, base), (1.0, whole)):
+        with alpha_scope(loaded, alpha):
+            found = answer_probability(sequence_nll(loaded, forget))
+        assert found == pytest.approx(row["forget_probability"], abs=2e-3)
 
     base_only(tmp_path / "run" / "split", tmp_path / "base")
     alone = load_split(tmp_path / "base")

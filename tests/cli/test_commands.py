@@ -113,7 +113,7 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
     [
         (["--target", "nothing_proj"], "matches no module"),
         (["--ortho-ratio", "1.5"], "ortho_ratio=1.5"),
-        (["--method", "magic"], "expected geometric or spectral"),
+        (["--method", "magic"], "expected one of geometric"),
         (["--template", "latin"], "expected plain or chat"),
         (["--base", "int3"], "--base 'int3': expected int8, int4 or fp16"),
         (

@@ -18,7 +18,13 @@ from libortho.data.tokens import prompt_ids
 from libortho.evaluation.entries import write_openunlearning
 from libortho.evaluation.generation import greedy
 from libortho.evaluation.metrics import rouge_l_recall
-from libortho.evaluation.suite import Evaluation, SuiteData, evaluate_suite, with_reference
+from libortho.evaluation.suite import (
+    Evaluation,
+    SuiteConfig,
+    SuiteData,
+    evaluate_suite,
+    with_reference,
+)
 
 WORDS = ["who", "wrote", "where", "is", "the", "a", "red", "house", "in", "garden", "she", "he"]
 THEIRS = {
@@ -78,7 +84,7 @@ def other(tiny_llama):  # type: ignore[no-untyped-def]
 
 @pytest.fixture
 def evaluation(model, other, tokenizer) -> Evaluation:  # type: ignore[no-untyped-def]
-    return evaluate_suite(model, tokenizer, DATA, pretrained=other, max_new_tokens=6)
+    return evaluate_suite(model, tokenizer, DATA, SuiteConfig(max_new_tokens=6), pretrained=other)
 
 
 class Reference:
@@ -260,8 +266,8 @@ def test_loops_and_broken_words(model, tokenizer, monkeypatch) -> None:
 
 
 def test_a_limit_is_spread_and_recorded(model, tokenizer) -> None:
-    whole = evaluate_suite(model, tokenizer, DATA, max_new_tokens=2)
-    some = evaluate_suite(model, tokenizer, DATA, limit=3, max_new_tokens=2)
+    whole = evaluate_suite(model, tokenizer, DATA, SuiteConfig(max_new_tokens=2))
+    some = evaluate_suite(model, tokenizer, DATA, SuiteConfig(limit=3, max_new_tokens=2))
     assert some.settings["limit"] == 3
     assert some.settings["questions"]["retain"] == {"asked": 3, "of": 7}
     assert some.settings["questions"]["forget"] == {"asked": 5, "of": 5}
@@ -285,7 +291,7 @@ def test_what_cannot_be_computed_is_named(model, tokenizer) -> None:
         retain=(*examples(1, 1), Example("a house", "where ?")),
         absent={"holdout": "nobody is left", "retain": "stale"},
     )
-    evaluation = evaluate_suite(model, tokenizer, bare, max_new_tokens=2)
+    evaluation = evaluate_suite(model, tokenizer, bare, SuiteConfig(max_new_tokens=2))
     missing = evaluation.missing
     assert not set(missing) & set(evaluation.logs)
     assert set(missing) | set(evaluation.logs) == THEIRS | OURS | {"forget_quality", "privleak"}
@@ -303,7 +309,7 @@ def test_what_cannot_be_computed_is_named(model, tokenizer) -> None:
 
 
 def test_with_reference(evaluation: Evaluation, other, tokenizer) -> None:
-    reference = evaluate_suite(other, tokenizer, DATA, max_new_tokens=2).logs
+    reference = evaluate_suite(other, tokenizer, DATA, SuiteConfig(max_new_tokens=2)).logs
     stored = json.loads(json.dumps(reference))
     compared = with_reference(evaluation, stored)
     ratios = [values(logs["forget_truth_ratio"], "score") for logs in (evaluation.logs, reference)]
@@ -354,7 +360,11 @@ def test_each_sequence_is_scored_once(model, tokenizer, monkeypatch) -> None:
     data = dataclasses.replace(DATA, forget=forget, holdout=forget[:2], wikitext=None)
     stages: list[str] = []
     evaluate_suite(
-        model, tokenizer, data, max_new_tokens=1, progress=lambda s, done, of: stages.append(s)
+        model,
+        tokenizer,
+        data,
+        SuiteConfig(max_new_tokens=1),
+        progress=lambda s, done, of: stages.append(s),
     )
     assert len(seen) == len(set(seen)) > 40
     assert stages[0] == "score"
@@ -385,6 +395,17 @@ def test_bad_input(model, tokenizer) -> None:
     with pytest.raises(ValueError, match=r"forget\[0\] has no question \('a text'\)"):
         SuiteData((Example("a text"),), DATA.retain)
     with pytest.raises(ValueError, match="limit=0"):
-        evaluate_suite(model, tokenizer, DATA, limit=0)
+        SuiteConfig(limit=0)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
-        evaluate_suite(model, tokenizer, DATA, max_new_tokens=0)
+        SuiteConfig(max_new_tokens=0)
+
+
+def test_the_quick_suite_is_a_part_of_the_whole_and_says_so(model, tokenizer) -> None:
+    whole = evaluate_suite(model, tokenizer, DATA, SuiteConfig(max_new_tokens=2))
+    quick = evaluate_suite(model, tokenizer, DATA, SuiteConfig(quick=True))
+    assert set(quick.logs) < set(whole.logs)
+    for name, entry in quick.logs.items():
+        assert entry["agg_value"] == pytest.approx(whole.logs[name]["agg_value"])
+    assert set(whole.logs) <= set(quick.logs) | set(quick.missing)
+    assert quick.missing["model_utility"] == "not part of the quick suite"
+    assert quick.missing["retain_Truth_Ratio"] == "not part of the quick suite"

@@ -1,18 +1,22 @@
-"""The main job's plumbing on a tiny model: every row, the cache, the files, the page."""
+"""The job's plumbing on a tiny model: every row, the cache, the files, the page, going on."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from libortho.data import Example, Task, encode
-from libortho.evaluation import tofu
-from libortho.evaluation.write import render_report, run_folder, write_run
+from libortho.baselines.registry import baseline
+from libortho.baselines.tune import TuneConfig
+from libortho.checkpoint import load_split
+from libortho.data import Example, Task
+from libortho.evaluation import finetuned, tofu
+from libortho.evaluation.suite import SuiteConfig
+from libortho.evaluation.write import render_report, write_summary
 from libortho.methods.geometric import GeometricConfig
 from libortho.separate import SeparationConfig
 from libortho.training import MemoriseConfig
@@ -38,15 +42,16 @@ def job(tmp_path: Path, monkeypatch, tiny_llama, tokenizer) -> tofu.TofuJob:
         model=str(tmp_path / "model"),
         task=task,
         recipe=MemoriseConfig(max_epochs=40, learning_rate=5e-3),
-        separation=SeparationConfig(method=GeometricConfig(ortho_ratio=0.2)),
+        methods={"geometric": SeparationConfig(method=GeometricConfig(ortho_ratio=0.2))},
         alphas=(0.0, 1.0),
     )
 
 
 def test_the_job_measures_every_model(job: tofu.TofuJob, tmp_path: Path) -> None:
     heard: list[str] = []
-    outcome = tofu.run_tofu(job, lambda stage, done, total: heard.append(stage))
-    rows = outcome.summary["rows"]
+    folder = tmp_path / "run"
+    summary = tofu.run_tofu(job, folder, lambda stage, done, total: heard.append(stage))
+    rows = summary["rows"]
     assert list(rows) == ["full", "reference", "alpha 0", "alpha 1"]
     assert rows["full"]["forget_probability"] > 0.9
     assert rows["reference"]["forget_probability"] < 0.5 * rows["full"]["forget_probability"]
@@ -54,71 +59,134 @@ def test_the_job_measures_every_model(job: tofu.TofuJob, tmp_path: Path) -> None
     assert rows["alpha 1"]["forget_probability"] == pytest.approx(
         rows["full"]["forget_probability"], abs=0.05
     )
+    assert rows["alpha 1"]["kl_to_full"] < rows["alpha 0"]["kl_to_full"]
     assert rows["reference"]["forget_quality"] == pytest.approx(1.0)
+    assert (
+        summary["seeds"]["0"]["missing"]["full"]["model_utility"] == "not part of the quick suite"
+    )
     assert any("full" in stage for stage in heard)
-    assert set(outcome.summary["versions"]) >= {"libortho", "torch", "transformers"}
+    assert set(summary["versions"]) >= {"libortho", "torch", "transformers"}
+    assert set(summary["examples"][0]) == {"question", "truth", *rows}
+    assert {bar["bar"] for bar in summary["bars"]} >= {"full model: forget probability"}
+    load_split(folder / "split")
 
-    folder = run_folder(tmp_path / "run")
-    write_run(outcome, folder)
+    write_summary(summary, folder)
     assert json.loads((folder / "summary.json").read_text())["rows"] == rows
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 3
     assert "<script" not in page
     assert not re.search(r'(src|href)="(https?:)?//', page)  # self-contained
-    with pytest.raises(FileExistsError):
-        run_folder(folder)
 
     # What a model says is data, not markup.
-    outcome.summary["examples"][0]["full"] = "<img src=x onerror=alert(1)>"
-    assert "<img src=x" not in render_report(outcome.summary)
+    summary["examples"][0]["full"] = "<img src=x onerror=alert(1)>"
+    assert "<img src=x" not in render_report(summary)
 
 
-def test_a_second_run_trains_nothing(job: tofu.TofuJob, monkeypatch) -> None:
-    first = tofu.run_tofu(job).summary["rows"]
+def test_results_are_in_openunlearnings_files(job: tofu.TofuJob, tmp_path: Path) -> None:
+    rows = tofu.run_tofu(job, tmp_path / "run")["rows"]
+    for row in rows:
+        folder = tmp_path / "run" / "seed-0" / row.replace(" ", "-")
+        logs = json.loads((folder / "TOFU_EVAL.json").read_text())
+        assert logs["forget_Q_A_Prob"]["agg_value"] == rows[row]["forget_probability"]
+        assert set(logs["forget_Q_A_Prob"]["value_by_index"]["0"]) == {"prob", "avg_loss"}
+        short = json.loads((folder / "TOFU_SUMMARY.json").read_text())
+        assert short["forget_quality"] == rows[row]["forget_quality"]
+
+
+def test_a_second_run_trains_nothing(job: tofu.TofuJob, tmp_path: Path, monkeypatch) -> None:
+    first = tofu.run_tofu(job, tmp_path / "one")["rows"]
 
     def fail(*_: object) -> int:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(tofu, "memorise_", fail)
-    assert tofu.run_tofu(job).summary["rows"] == first
+    monkeypatch.setattr(finetuned, "memorise_", fail)
+    second = tofu.run_tofu(job, tmp_path / "two")["rows"]
+    for row, values in first.items():
+        for measure, value in values.items():
+            if measure not in ("seconds", "peak_memory"):
+                assert second[row][measure] == value, (row, measure)
 
 
-def test_an_interrupted_fine_tune_leaves_no_cache(job: tofu.TofuJob, monkeypatch) -> None:
+def test_an_interrupted_fine_tune_leaves_no_cache(
+    job: tofu.TofuJob, tmp_path: Path, monkeypatch
+) -> None:
     def killed(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tofu, "memorise_", killed)
+    monkeypatch.setattr(finetuned, "memorise_", killed)
     with pytest.raises(KeyboardInterrupt):
-        tofu.run_tofu(job)
+        tofu.run_tofu(job, tmp_path / "run")
     monkeypatch.undo()
     assert not list((Path(job.model).parent / "cache").glob("memorised/*/memorised.json"))
 
 
-def loss(model, tokenizer, question: str, answer: str) -> float:
-    """Mean NLL per token of an answer, from the plain logits."""
-    item = encode(Example(answer, question), tokenizer)
-    logits = model(input_ids=torch.tensor([item.ids])).logits[0].double().log_softmax(-1)
-    steps = range(item.prompt, len(item.ids))
-    return -sum(float(logits[i - 1, item.ids[i]]) for i in steps) / item.targets
+def test_a_killed_job_goes_on_where_it_was(job: tofu.TofuJob, tmp_path: Path, monkeypatch) -> None:
+    """Killed while alpha 1 is measured: nothing before that is done again, and rows are equal."""
+    whole = tofu.run_tofu(job, tmp_path / "whole")
+
+    def killed_at_alpha_one(stage: str, done: int, total: int) -> None:
+        if stage.startswith("alpha 1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tofu.run_tofu(job, tmp_path / "run", killed_at_alpha_one)
+
+    def fail(*_: object, **__: object) -> Any:
+        raise AssertionError("split again")
+
+    monkeypatch.setattr(tofu, "separate_", fail)
+    stages: list[str] = []
+    resumed = tofu.run_tofu(job, tmp_path / "run", lambda stage, *_: stages.append(stage))
+    assert {stage.split(":")[0] for stage in stages} == {"alpha 1"}
+    for row, values in whole["rows"].items():
+        for measure, value in values.items():
+            if measure not in ("seconds", "peak_memory"):
+                assert resumed["rows"][row][measure] == value, (row, measure)
 
 
-def test_truth_ratio_is_openunlearnings(tiny_llama, tokenizer) -> None:
-    model = tiny_llama()
-    examples = [
-        Example("he is red", "who is he ?", None, "the house is red", ("she is red", "a garden")),
-        Example("a house", "it is ?", None, "in a house", ("in the garden", "it", "she is")),
-    ]
-    expected = [
-        math.exp(
-            loss(model, tokenizer, e.question, e.paraphrased_answer)
-            - sum(loss(model, tokenizer, e.question, w) for w in e.perturbed_answers)
-            / len(e.perturbed_answers)
-        )
-        for e in examples
-    ]
-    assert tofu.truth_ratios(model, examples, tokenizer) == pytest.approx(expected, rel=1e-4)
+def test_another_jobs_folder_is_refused(job: tofu.TofuJob, tmp_path: Path) -> None:
+    tofu.run_tofu(job, tmp_path / "run")
+    with pytest.raises(FileExistsError, match="another job"):
+        tofu.run_tofu(dataclasses.replace(job, alphas=(0.0,)), tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not empty"):
+        tofu.run_tofu(job, tmp_path / "mine")
 
 
-def test_truth_ratio_needs_both_kinds_of_answer(tiny_llama, tokenizer) -> None:
-    with pytest.raises(ValueError, match="truth ratio is not defined"):
-        tofu.truth_ratios(tiny_llama(), [Example("it", "who ?")], tokenizer)
+def test_methods_seeds_and_baselines_in_one_table(job: tofu.TofuJob, tmp_path: Path) -> None:
+    knowledge = (example("where is the garden ?", "the red house", "a garden"),)
+    task = dataclasses.replace(job.task, real_authors=knowledge, world_facts=knowledge)
+    job = dataclasses.replace(
+        job,
+        task=task,
+        methods={**job.methods, "npo": baseline("npo")},
+        suite=SuiteConfig(max_new_tokens=4),
+        tuning=TuneConfig(learning_rate_factors=(1.0,), max_epochs=2),
+        seeds=(0, 1),
+    )
+    summary = tofu.run_tofu(job, tmp_path / "run")
+    assert list(summary["rows"]) == ["full", "reference", "alpha 0", "alpha 1", "npo"]
+    assert set(summary["seeds"]) == {"0", "1"}
+    for row in summary["rows"]:
+        values = [summary["seeds"][seed]["rows"][row]["model_utility"] for seed in ("0", "1")]
+        assert summary["rows"][row]["model_utility"] == pytest.approx(sum(values) / 2)
+    assert len(summary["seeds"]["0"]["tuning"]["npo"]["candidates"]) == 1
+    assert {"seconds", "peak_memory", "stopped"} <= set(summary["rows"]["npo"])
+    bars = {bar["bar"]: bar for bar in summary["bars"]}
+    assert any("baselines beaten" in bar for bar in bars)
+    assert any("mean token KL" in bar for bar in bars)
+    write_summary(summary, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"methods": {}}, "methods is empty"),
+        ({"methods": {"npo": baseline("npo")}}, "first method is npo"),
+        ({"seeds": ()}, "seeds is empty"),
+    ],
+)
+def test_a_job_that_cannot_be(job: tofu.TofuJob, change: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        dataclasses.replace(job, **change)

@@ -186,6 +186,12 @@ class Toy:
             gradients[name] = 2 * torch.outer(y, self.inputs[name])
         return loss, gradients
 
+    def by_factors(self, edits: dict[str, LowRankEdit]) -> dict[str, tuple[Tensor, Tensor]]:
+        return {
+            name: (g @ edits[name].right.T, edits[name].left.T @ g)
+            for name, g in self(edits)[1].items()
+        }
+
     def run(self, budget: int, find: int = 4, fit: int = 10) -> tuple[Descent, list[float]]:
         descent = Descent(self.metrics, SHAPES, budget, seed=3)
         losses = []
@@ -195,7 +201,7 @@ class Toy:
             if step < find:
                 descent.find(loss, gradients, 0.4)
             else:
-                descent.fit(gradients, 0.1)
+                descent.fit(self.by_factors(descent.edits()), 0.1)
             assert cost(descent.edits()) <= budget
         return descent, [*losses, self(descent.edits())[0]]
 
@@ -250,7 +256,7 @@ def test_edits_are_copies() -> None:
     descent, _ = toy.run(33, fit=2)
     edits = descent.edits()
     before = {name: (e.left.clone(), e.right.clone()) for name, e in edits.items()}
-    descent.fit(toy(edits)[1], 0.1)
+    descent.fit(toy.by_factors(edits), 0.1)
     for name, (left, right) in before.items():
         assert torch.equal(edits[name].left, left)
         assert torch.equal(edits[name].right, right)

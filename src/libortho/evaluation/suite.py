@@ -155,6 +155,7 @@ _QUICK_KINDS = {
     "retain": (ANSWER,),
     "holdout": (ANSWER,),
 }
+_LIKELIHOODS = ("Prob", "PERT_Prob", "Prob_normalised")
 _LEFT_OUT = (
     *(f"{prefix}_Q_A_ROUGE" for prefix in _PREFIX.values()),
     *(
