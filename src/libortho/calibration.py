@@ -49,6 +49,30 @@ class Moments:
             torch.zeros(width, width, device=device), 0.0, torch.zeros(width, width, device=device)
         )
 
+    def add(self, x: Tensor, body: Tensor, first: Tensor) -> None:
+        """Count a batch's inputs.
+
+        Args:
+            x: (rows, length, d), or the same with rows and length in one dimension.
+            body: (rows, length), weight of each position (see `position_weights`).
+            first: (rows,), 1 where position 0 counts.
+        """
+        body, first = body.to(x.device), first.to(x.device)
+        x = x.reshape(*body.shape, x.shape[-1])
+        # Multiplying by a weight of zero would let a NaN at a padded position through; selecting
+        # won't.
+        counted = body > 0
+        unweighted = bool((body[counted] == 1).all())
+        rows = x[counted].float()
+        if not unweighted:
+            rows = rows * body[counted].sqrt().unsqueeze(-1)
+        with matmul_precision(x if unweighted else rows):
+            self.body.addmm_(rows.T, rows)
+        self.tokens += float(body.sum())
+        starts = x[:, 0][first > 0].float()
+        self.first.addmm_(starts.T, starts)
+        self.sequences += int((first > 0).sum())
+
     def mean(self) -> Tensor:
         """E[x x^T] over positions >= 1, plus E[x_0 x_0^T] over first positions."""
         return self.body / max(self.tokens, 1.0) + self.first / max(self.sequences, 1)
@@ -85,10 +109,12 @@ def second_moments(
     with _record_inputs(layers, inputs), torch.no_grad():
         for batch in batches(items):
             _run(model, batch)
-            body, first = _position_weights(batch, weights)
+            body, first = position_weights(batch, weights)
             for name, calls in inputs.items():
                 for x in calls:
-                    _add(moments, name, x, body.to(x.device), first.to(x.device))
+                    if name not in moments:
+                        moments[name] = Moments.zeros(x.shape[-1], x.device)
+                    moments[name].add(x, body, first)
             inputs.clear()
             if tick:
                 tick(len(batch.index))
@@ -101,24 +127,13 @@ def second_moments(
     return moments
 
 
-def _add(moments: dict[str, Moments], name: str, x: Tensor, body: Tensor, first: Tensor) -> None:
-    x = x.reshape(*body.shape, x.shape[-1])
-    m = moments.setdefault(name, Moments.zeros(x.shape[-1], x.device))
-    # Multiplying by a weight of zero would let a NaN at a padded position through; selecting won't.
-    counted = body > 0
-    unweighted = bool((body[counted] == 1).all())
-    rows = x[counted].float()
-    if not unweighted:
-        rows = rows * body[counted].sqrt().unsqueeze(-1)
-    with matmul_precision(x if unweighted else rows):
-        m.body.addmm_(rows.T, rows)
-    m.tokens += float(body.sum())
-    starts = x[:, 0][first > 0].float()
-    m.first.addmm_(starts.T, starts)
-    m.sequences += int((first > 0).sum())
+def position_weights(
+    batch: Batch, weights: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(rows, length) weights of the positions >= 1 and (rows,) of position 0; see `second_moments`.
 
-
-def _position_weights(batch: Batch, weights: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+    `weights` has one tensor an item of the whole set, of which the batch knows its own.
+    """
     if weights is None:
         body = batch.attention.float()
         first = torch.ones(len(batch.index))

@@ -40,6 +40,12 @@ def check_positive(name: str, value: float, *, zero: bool = False) -> None:
         raise ValueError(f"{name}={value!r}: expected a finite number {'>=' if zero else '>'} 0")
 
 
+def check_count(name: str, value: int, least: int) -> None:
+    """Raise ValueError unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
+
+
 @dataclass(frozen=True)
 class BaseConfig:
     """How the dense base stream is stored.

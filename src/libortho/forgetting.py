@@ -8,17 +8,15 @@ fluent: mass taken from the secret goes where a model that never saw it would pu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from libortho.calibration import matmul_precision
 from libortho.data.tokens import Tokens, batches
-from libortho.methods.geometric import LowRankEdit
+from libortho.gradients import Edit, edited_layers
 from libortho.scoring import predicted_logits
 
 if TYPE_CHECKING:
@@ -148,16 +146,30 @@ def _log_odds(log_p: Tensor) -> Tensor:
     return log_p - torch.log(-torch.expm1(log_p))
 
 
+def _divergence(picked: Tensor, wanted: Tensor) -> Tensor:
+    """KL(target || model), summed over positions; both (positions, k)."""
+    return torch.special.xlogy(wanted, wanted).sum() - (wanted * picked).sum()
+
+
+def _forgetting_loss(picked: Tensor, wanted: Tensor) -> Tensor:
+    excess = _log_odds(picked[:, 0]) - _log_odds(wanted[:, 0].log()) + MARGIN
+    return _divergence(picked, wanted) + PRESSURE * excess.relu().sum()
+
+
+def _keeping_loss(picked: Tensor, wanted: Tensor) -> Tensor:
+    return _divergence(picked, wanted) - picked[:, 0].sum()
+
+
 @dataclass(frozen=True)
 class Feedback:
-    """How a model with an edit does on the forget set.
+    """How a model with an edit does on a set.
 
     Attributes:
-        loss: mean over tokens of KL(target || model) + PRESSURE * (how far the log-odds of the
-            secret's token are above those of its target less MARGIN, or 0), nats.
+        loss: mean over tokens, nats; of what, the function that returns it says.
         probability: mean over sequences of the probability per token.
         nll: mean over all tokens, nats.
-        gradients: layer -> (out_features, in_features) fp32, of `loss` by the weight.
+        gradients: layer -> gradient of `loss` by the weight, fp32: (out_features, in_features), or
+            (entries,) where only some entries were asked for.
     """
 
     loss: float
@@ -171,111 +183,67 @@ def feedback(
     layers: Mapping[str, nn.Module],
     items: Sequence[Tokens],
     targets: Sequence[Target],
-    edits: Mapping[str, LowRankEdit],
+    edits: Mapping[str, Edit],
+    *,
+    entries: Mapping[str, Tensor] | None = None,
 ) -> Feedback:
-    """Loss, level and gradients with `edits` added to the weights of `layers`.
+    """How far the forget set is from its targets, with `edits` added to the weights of `layers`.
 
-    The model's own weights are not touched: edits are added to the layers' outputs, and gradients
-    by a weight are collected from its inputs and output gradients.
+    The loss is KL(target || model) + PRESSURE * (how far the log-odds of the secret's token are
+    above those of its target less MARGIN, or 0).
+
+    Args:
+        model, layers, edits, entries: as `edited_layers`.
+        items: the forget set.
+        targets: one for each item.
     """
+    found = _feedback(model, layers, items, targets, edits, entries, _forgetting_loss)
+    # of a KL whose terms add up to 0, rounding may leave less
+    return replace(found, loss=max(found.loss, 0.0))
+
+
+def preservation(
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Module],
+    items: Sequence[Tokens],
+    originals: Sequence[Target],
+    edits: Mapping[str, Edit],
+    *,
+    entries: Mapping[str, Tensor] | None = None,
+) -> Feedback:
+    """How far retain text is from what the model said of it without `edits`.
+
+    The loss is KL(original || model) + the cross-entropy of the text's own tokens.
+
+    Args:
+        model, layers, edits, entries: as `edited_layers`.
+        items: retain text.
+        originals: the unedited model's predictions (see `targets_from_earlier_model`).
+    """
+    return _feedback(model, layers, items, originals, edits, entries, _keeping_loss)
+
+
+def _feedback(
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Module],
+    items: Sequence[Tokens],
+    targets: Sequence[Target],
+    edits: Mapping[str, Edit],
+    entries: Mapping[str, Tensor] | None,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+) -> Feedback:
     total = sum(item.targets for item in items)
     loss_sum = nll_sum = probability_sum = 0.0
-    with edited_layers(model, layers, edits) as gradients:
+    with edited_layers(model, layers, edits, entries) as gradients:
         for batch in batches(items):
             log_p = predicted_logits(model, batch).log_softmax(dim=1)
             tokens = torch.cat([targets[i].tokens for i in batch.index]).to(log_p.device)
             wanted = torch.cat([targets[i].probabilities for i in batch.index]).to(log_p.device)
             picked = log_p.gather(1, tokens)
-            entropy = torch.special.xlogy(wanted, wanted).sum()
-            excess = _log_odds(picked[:, 0]) - _log_odds(wanted[:, 0].log()) + MARGIN
-            loss = (entropy - (wanted * picked).sum() + PRESSURE * excess.relu().sum()) / total
+            loss = loss_of(picked, wanted) / total
             loss.backward()
             loss_sum += float(loss.detach())
             own = -picked.detach()[:, 0]
             nll_sum += float(own.sum())
             probability_sum += sum(math.exp(-float(x.mean())) for x in own.split(batch.counts))
-    return Feedback(max(loss_sum, 0.0), probability_sum / len(items), nll_sum / total, gradients)
-
-
-def output_sensitivity(
-    model: PreTrainedModel, layers: Mapping[str, nn.Module], items: Sequence[Tokens], seed: int = 0
-) -> dict[str, float]:
-    """Mean squared norm of the loss gradient at each layer's output: its scale in the metric.
-
-    Labels are sampled from the model's own predictions (the true Fisher information, not the
-    empirical one; Kunstner et al. 2019, arXiv 1905.12558).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sums: dict[str, float] = dict.fromkeys(layers, 0.0)
-    tokens = 0
-
-    def collect(name: str, grad: Tensor, x: Tensor) -> None:
-        sums[name] += float(grad.float().square().sum())
-
-    with _hooked(model, layers, {}, collect):
-        for batch in batches(items):
-            logits = predicted_logits(model, batch)
-            choice = torch.multinomial(
-                logits.detach().softmax(dim=1).cpu(), 1, generator=generator
-            ).squeeze(1)
-            nn.functional.cross_entropy(
-                logits, choice.to(logits.device), reduction="sum"
-            ).backward()
-            tokens += sum(batch.counts)
-    return {name: value / tokens for name, value in sums.items()}
-
-
-@contextmanager
-def edited_layers(
-    model: PreTrainedModel, layers: Mapping[str, nn.Module], edits: Mapping[str, LowRankEdit]
-) -> Iterator[dict[str, Tensor]]:
-    """Run `layers` with `edits` added; yields the dictionary in which gradients by D add up."""
-    gradients: dict[str, Tensor] = {}
-
-    def collect(name: str, grad: Tensor, x: Tensor) -> None:
-        with matmul_precision(grad, x):
-            flat = grad.reshape(-1, grad.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
-        gradients[name] = gradients[name] + flat if name in gradients else flat
-
-    with _hooked(model, layers, edits, collect):
-        yield gradients
-    for name, layer in layers.items():  # a layer that the loss does not reach has no gradient
-        if name not in gradients:
-            raise ValueError(f"{name} ({type(layer).__name__}) takes no part in the prediction")
-
-
-@contextmanager
-def _hooked(
-    model: PreTrainedModel,
-    layers: Mapping[str, nn.Module],
-    edits: Mapping[str, LowRankEdit],
-    collect: Callable[[str, Tensor, Tensor], None],
-) -> Iterator[None]:
-    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        edit = edits.get(name)
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0]
-            if edit is not None and edit.rank:
-                right, left = edit.right.to(x.dtype), edit.left.to(x.dtype)
-                output = output + (x @ right.T) @ left.T
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            held = x.detach()
-            output.register_hook(lambda grad: collect(name, grad, held))
-            return output
-
-        return hook
-
-    wanted_grad = [p for p in model.parameters() if p.requires_grad]
-    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
-    try:
-        for parameter in wanted_grad:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in wanted_grad:
-            parameter.requires_grad_(True)
+    return Feedback(loss_sum, probability_sum / len(items), nll_sum / total, gradients)

@@ -29,6 +29,7 @@ from libortho.config import (
     BaseConfig,
     FactorDtype,
     check_choice,
+    check_count,
     check_fraction,
     check_positive,
 )
@@ -80,10 +81,8 @@ class GeometricConfig:
         check_positive("rate", self.rate)
         check_fraction("tolerance", self.tolerance, zero=True)
         check_choice("ortho_dtype", self.ortho_dtype, FactorDtype)
-        for name, least in (("find_steps", 1), ("fit_steps", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
+        check_count("find_steps", self.find_steps, 1)
+        check_count("fit_steps", self.fit_steps, 0)
         if self.target_nll is not None:
             check_positive("target_nll", self.target_nll)
 
@@ -103,6 +102,18 @@ class LowRankEdit:
     @property
     def rank(self) -> int:
         return self.left.shape[1]
+
+    @property
+    def empty(self) -> bool:
+        return self.rank == 0
+
+    def output(self, x: Tensor) -> Tensor:
+        """`x @ D.T`, (..., in_features) -> (..., out_features), in the dtype of x."""
+        return (x @ self.right.to(x.dtype).T) @ self.left.to(x.dtype).T
+
+    def meets(self, other: LowRankEdit) -> bool:
+        """True for equal ranks: `toward` then leads to `other`."""
+        return self.rank == other.rank
 
     def toward(self, other: LowRankEdit, share: float) -> LowRankEdit:
         """The edit a share (0 to 1) of the way to `other`, factor by factor; equal ranks."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from libortho.base import quantize
 from libortho.calibration import second_moments
-from libortho.forgetting import Feedback, feedback, output_sensitivity
+from libortho.forgetting import Feedback, feedback
 from libortho.goal import Goal
+from libortho.gradients import output_sensitivity
 from libortho.methods.geometric import (
     Descent,
     GeometricConfig,
+    LowRankEdit,
     Metric,
     parameter_budget,
     project_edit,
@@ -20,7 +24,7 @@ from libortho.methods.geometric import (
 from libortho.ortho import LowRankOrtho
 from libortho.report import Split
 from libortho.solvers.problem import Problem, spread
-from libortho.solvers.search import Edits, search
+from libortho.solvers.search import search
 
 SENSITIVITY_TOKENS = 1024
 """Tokens over which a layer's output sensitivity is averaged: one number, soon stable."""
@@ -89,7 +93,7 @@ def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
     return metrics
 
 
-def _measure(problem: Problem, goal: Goal, edits: Edits) -> Feedback:
+def _measure(problem: Problem, goal: Goal, edits: Mapping[str, LowRankEdit]) -> Feedback:
     return feedback(problem.model, problem.layers, problem.forget, goal.targets, edits)
 
 
@@ -99,10 +103,10 @@ def _descend(
     goal: Goal,
     metrics: dict[str, Metric],
     budget: int,
-) -> Edits:
+) -> dict[str, LowRankEdit]:
     descent = Descent(metrics, problem.shapes, budget, method.seed)
 
-    def advance(step: int, now: Feedback) -> Edits:
+    def advance(step: int, now: Feedback) -> dict[str, LowRankEdit]:
         if step < method.find_steps:
             descent.find(now.loss, now.gradients, method.step)
         else:
@@ -119,7 +123,9 @@ def _descend(
     )
 
 
-def _project(problem: Problem, goal: Goal, metrics: dict[str, Metric], budget: int) -> Edits:
+def _project(
+    problem: Problem, goal: Goal, metrics: dict[str, Metric], budget: int
+) -> dict[str, LowRankEdit]:
     means = _forget_moments(problem)
     # The least damage that forgets enough: bisect the share of the budget that is spent.
     low, high = 0.0, 1.0

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from libortho.forgetting import Feedback
-from libortho.methods.geometric import LowRankEdit
+from libortho.gradients import Edit
 from libortho.solvers.problem import Journal
 
 LANDING_STEPS = 3
 """Bisections of the last step, which would otherwise forget more than was asked for."""
 
-Edits = dict[str, LowRankEdit]
-"""Module name -> edit of its weight."""
+E = TypeVar("E", bound=Edit)
+"""A form of edit; a dictionary gives one for every module name."""
 
 
 def search(
     journal: Journal,
     level: float,
-    start: Edits,
-    measure: Callable[[Edits], Feedback],
-    advance: Callable[[int, Feedback], Edits],
+    start: dict[str, E],
+    measure: Callable[[Mapping[str, E]], Feedback],
+    advance: Callable[[int, Feedback], dict[str, E]],
     steps: int,
-) -> Edits:
+) -> dict[str, E]:
     """Advance until the forget set's probability is at `level`, then land on it.
 
     Args:
@@ -64,12 +65,12 @@ def search(
 def _land(
     journal: Journal,
     level: float,
-    before: Edits,
-    beyond: Edits,
-    measure: Callable[[Edits], Feedback],
-) -> Edits:
+    before: dict[str, E],
+    beyond: dict[str, E],
+    measure: Callable[[Mapping[str, E]], Feedback],
+) -> dict[str, E]:
     """The least part of the step that crossed the level which still reaches it (bisection)."""
-    if any(before[name].rank != edit.rank for name, edit in beyond.items()):
+    if not all(before[name].meets(edit) for name, edit in beyond.items()):
         return beyond  # the step chose other directions: there is no way between the two
     low, high, best = 0.0, 1.0, beyond
     for done in range(LANDING_STEPS):
