@@ -11,6 +11,7 @@ from libortho.config import BaseConfig
 from libortho.errors import CheckpointError, DataError, LibOrthoError, OrthoStreamMissing
 from libortho.layer import OrthoLinear, replace_linear_layers
 from libortho.methods.geometric import GeometricConfig
+from libortho.methods.saliency import SaliencyConfig
 from libortho.methods.spectral import SpectralConfig
 from libortho.report import LayerReport, SeparationReport
 from libortho.separate import SeparationConfig, separate_, separation_report
@@ -24,6 +25,7 @@ __all__ = [
     "LibOrthoError",
     "OrthoLinear",
     "OrthoStreamMissing",
+    "SaliencyConfig",
     "SeparationConfig",
     "SeparationReport",
     "SpectralConfig",
