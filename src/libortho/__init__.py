@@ -10,6 +10,7 @@ from libortho.alpha import alpha_scope, set_alpha
 from libortho.config import BaseConfig
 from libortho.errors import CheckpointError, DataError, LibOrthoError, OrthoStreamMissing
 from libortho.layer import OrthoLinear, replace_linear_layers
+from libortho.methods.curvature import CurvatureConfig
 from libortho.methods.geometric import GeometricConfig
 from libortho.methods.saliency import SaliencyConfig
 from libortho.methods.spectral import SpectralConfig
@@ -19,6 +20,7 @@ from libortho.separate import SeparationConfig, separate_, separation_report
 __all__ = [
     "BaseConfig",
     "CheckpointError",
+    "CurvatureConfig",
     "DataError",
     "GeometricConfig",
     "LayerReport",

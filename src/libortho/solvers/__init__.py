@@ -11,16 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from libortho.methods.curvature import CurvatureConfig
 from libortho.methods.geometric import GeometricConfig
 from libortho.methods.saliency import SaliencyConfig
 from libortho.methods.spectral import SpectralConfig
 from libortho.report import Split
+from libortho.solvers.curvature import solve_curvature
 from libortho.solvers.geometric import solve_geometric
 from libortho.solvers.problem import Problem
 from libortho.solvers.saliency import solve_saliency
 from libortho.solvers.spectral import solve_spectral
 
-MethodConfig = GeometricConfig | SaliencyConfig | SpectralConfig
+MethodConfig = GeometricConfig | SaliencyConfig | CurvatureConfig | SpectralConfig
 
 
 @dataclass(frozen=True)
@@ -42,5 +44,6 @@ class Solver:
 SOLVERS: dict[type, Solver] = {
     GeometricConfig: Solver(solve_geometric),
     SaliencyConfig: Solver(solve_saliency),
+    CurvatureConfig: Solver(solve_curvature, forget_optional=True),
     SpectralConfig: Solver(solve_spectral, general=False),
 }
