@@ -36,21 +36,31 @@ Targets = Annotated[
 OrthoRatio = Annotated[
     float, typer.Option(help="Ortho parameters over the targeted layers' parameters, a fraction.")
 ]
-Method = Annotated[str, typer.Option(help="geometric, or spectral (the original, data-free).")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="geometric; saliency (sparse, by gradients); curvature (needs no forget set); or "
+        "spectral (the original, data-free)."
+    ),
+]
 TemplateOption = Annotated[
     str, typer.Option("--template", help="How a question becomes a prompt: plain or chat.")
 ]
 
 
-def _method(name: str, ortho_ratio: float, seed: int, **more: Any) -> Any:
-    from libortho.methods.geometric import GeometricConfig
-    from libortho.methods.spectral import SpectralConfig
+def _method(name: str, ortho_ratio: float, seed: int, target_nll: float | None = None) -> Any:
+    import dataclasses
 
-    if name == "geometric":
-        return GeometricConfig(ortho_ratio=ortho_ratio, seed=seed, **more)
-    if name == "spectral":
-        return SpectralConfig(ortho_ratio=ortho_ratio, seed=seed)
-    raise ValueError(f"--method {name!r}: expected geometric or spectral")
+    from libortho.methods import METHODS
+
+    if name not in METHODS:
+        raise ValueError(f"--method {name!r}: expected one of {', '.join(sorted(METHODS))}")
+    values: dict[str, Any] = {"ortho_ratio": ortho_ratio, "seed": seed}
+    if target_nll is not None:
+        if "target_nll" not in {field.name for field in dataclasses.fields(METHODS[name])}:
+            raise ValueError(f"--target-nll: method {name} aims at no level")
+        values["target_nll"] = target_nll
+    return METHODS[name](**values)
 
 
 def _template(name: str) -> Template:
@@ -131,12 +141,15 @@ def tofu(
 @app.command()
 def separate(
     model: Annotated[str, typer.Argument(help="A local folder or Hugging Face name.")],
-    forget: Annotated[
+    retain: Annotated[
         Path,
-        typer.Option(help='JSONL, one {"text"} or {"question", "answer"} a line: to be forgotten.'),
+        typer.Option(help='JSONL, one {"text"} or {"question", "answer"} a line: what must stay.'),
     ],
-    retain: Annotated[Path, typer.Option(help="The same, for what must stay.")],
     out: Annotated[Path, typer.Option(help="Folder for the split checkpoint.")],
+    forget: Annotated[
+        Path | None,
+        typer.Option(help="The same, to be forgotten; --method curvature does without."),
+    ] = None,
     before: Annotated[
         str | None,
         typer.Option(help="The model before it memorised: the best guide to what to say instead."),
@@ -162,7 +175,8 @@ def separate(
     """Split a model of your own in two files: a base that has forgotten, and the ortho stream.
 
     Exits 3 if what was to be forgotten could not be, within the budget; the split is written all
-    the same, and the report says how far it got.
+    the same, and the report says how far it got. Without --forget nothing is claimed, and it exits
+    0.
     """
     with reporting_errors():
         from transformers import AutoTokenizer
@@ -170,17 +184,18 @@ def separate(
         from libortho.checkpoint import check_writable, save_split
         from libortho.data.examples import read_jsonl
         from libortho.evaluation.tofu import load_model
-        from libortho.separate import SeparationConfig, separate_
+        from libortho.separate import SeparationConfig, check_forget, separate_
 
         # Everything that can be wrong with the arguments is found before the model is loaded.
-        more: dict[str, Any] = {} if target_nll is None else {"target_nll": target_nll}
         config = SeparationConfig(
-            method=_method(method, ortho_ratio, seed, **more),
+            method=_method(method, ortho_ratio, seed, target_nll),
             target_modules=tuple(target),
             template=_template(template),
         )
         check_writable(out)
-        forget_set, retain_set = read_jsonl(forget), read_jsonl(retain)
+        forget_set = None if forget is None else read_jsonl(forget)
+        check_forget(config, forget_set)
+        retain_set = read_jsonl(retain)
         unseen_set = None if unseen is None else read_jsonl(unseen)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         loaded = load_model(model)
@@ -199,7 +214,7 @@ def separate(
         write_json(json_file, report.to_dict())
         console.print(str(report), highlight=False, soft_wrap=True)
         console.print(f"\nsplit   {out}")
-        if not report.reached:
+        if report.reached is False:
             raise typer.Exit(EXIT_NOT_FORGOTTEN)
 
 
