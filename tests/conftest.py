@@ -142,6 +142,12 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 @pytest.fixture
+def families() -> dict[str, Family]:
+    """All model families by name, for a test that takes some."""
+    return FAMILIES
+
+
+@pytest.fixture
 def tiny_llama() -> Callable[..., nn.Module]:
     """Builds a random Llama; keyword arguments override its config."""
     return FAMILIES["llama"].build

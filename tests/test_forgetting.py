@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -10,17 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from libortho import forgetting
+from libortho import forgetting, gradients
 from libortho.data.tokens import Tokens
 from libortho.forgetting import (
     Target,
     feedback,
-    output_sensitivity,
+    preservation,
     targets_from_earlier_model,
     targets_from_model_itself,
 )
 from libortho.linear import is_conv1d, select_linear
 from libortho.methods.geometric import LowRankEdit
+from libortho.methods.saliency import SparseEdit
+from libortho.scoring import sequence_nll
 
 LENGTHS = [4, 12, 7, 9]
 
@@ -196,7 +199,7 @@ def test_leaves_the_model_as_it_was(tiny_llama, random_tokens, snapshot) -> None
     before = snapshot(model)
     with torch.no_grad():  # gradients are wanted here, whatever the caller's mode
         found = feedback(model, layers, items, random_targets(items), random_edits(layers))
-        output_sensitivity(model, layers, items)
+        preservation(model, layers, items, random_targets(items), {})
     assert all(g.any() for g in found.gradients.values())
     with pytest.raises(ValueError, match="vocabulary"):
         feedback(model, layers, [Tokens((1, 99))], random_targets([Tokens((1, 9))]), {})
@@ -213,45 +216,65 @@ def test_a_layer_without_part_in_the_prediction_is_named(tiny_llama, random_toke
         feedback(model, layers, items, random_targets(items), {})
 
 
-# -- output sensitivity ----------------------------------------------------------
+# -- some entries, and what is to be kept ------------------------------------------
 
 
-def test_sensitivity_is_positive_and_repeatable(family, random_tokens) -> None:
+def sparse_edits(layers: Mapping[str, nn.Module], count: int = 40) -> dict[str, SparseEdit]:
+    edits = {}
+    for name, layer in layers.items():
+        rows, columns = reversed(layer.weight.shape) if is_conv1d(layer) else layer.weight.shape
+        index = torch.randperm(rows * columns)[:count].sort().values
+        edits[name] = SparseEdit(index, torch.randn(count), (rows, columns))
+    return edits
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("loss", ["forget", "keep"])
+def test_gradients_of_some_entries_equal_autograd(
+    families, random_tokens, name: str, loss: str
+) -> None:
+    family = families[name]
     model = family.build()
     layers = select_linear(model, (family.mlp, *family.attention))
     items = random_tokens(LENGTHS)
-    state = torch.get_rng_state()
-    found = output_sensitivity(model, layers, items, seed=3)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert list(found) == list(layers)
-    assert all(math.isfinite(value) and value > 0 for value in found.values())
-    assert output_sensitivity(model, layers, items, seed=3) == found
-    assert output_sensitivity(model, layers, items, seed=4) != found
+    targets = random_targets(items)
+    edits = sparse_edits(layers)
+    entries = {n: e.index for n, e in edits.items()}
+    measured = feedback if loss == "forget" else functools.partial(preservation, cross_entropy=True)
+    found = measured(model, layers, items, targets, edits, entries=entries)
 
-
-def test_sensitivity_is_the_mean_squared_gradient(tiny_llama) -> None:
-    # One predicted token: the expectation over labels can be summed exactly.
-    model = tiny_llama()
-    layers = select_linear(model, "down_proj")
-    item = Tokens((1, 5, 9, 20, 7), 4)
     twin = copy.deepcopy(model).double()
-    outputs: dict[str, Tensor] = {}
-    for name in layers:
+    for n, edit in edits.items():
+        change = edit.added_to(torch.zeros(edit.shape)).double()
+        layer = twin.get_submodule(n)
+        layer.weight.data += change.T if is_conv1d(layer) else change
+        layer.weight.requires_grad_(True)
+    direct = direct_loss if loss == "forget" else direct_keeping_loss
+    expected = direct(twin, items, targets)
+    expected.backward()
+    assert found.loss == pytest.approx(float(expected.detach()), rel=1e-4)
+    for n, edit in edits.items():
+        layer = twin.get_submodule(n)
+        gradient = layer.weight.grad.T if is_conv1d(layer) else layer.weight.grad
+        assert found.gradients[n].dtype == torch.float32
+        torch.testing.assert_close(
+            found.gradients[n].double(),
+            gradient.flatten()[edit.index],
+            atol=1e-4 * float(gradient.abs().max()),
+            rtol=1e-3,
+        )
 
-        def keep(module, args, output, name=name):
-            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
-            return outputs[name]
 
-        twin.get_submodule(name).register_forward_hook(keep)
-    rows = log_p(twin, item)[0]
-    exact = dict.fromkeys(layers, 0.0)
-    for label in range(64):
-        gradients = torch.autograd.grad(-rows[label], list(outputs.values()), retain_graph=True)
-        for name, gradient in zip(outputs, gradients, strict=True):
-            exact[name] += float(rows[label].detach().exp() * gradient.square().sum())
-    found = output_sensitivity(model, layers, [item] * 2000)
-    for name, value in exact.items():
-        assert found[name] == pytest.approx(value, rel=0.1)
+def direct_keeping_loss(
+    model: nn.Module, items: Sequence[Tokens], targets: Sequence[Target]
+) -> Tensor:
+    """KL(original || model) + cross-entropy, from the whole model's logits."""
+    total = 0.0
+    for item, target in zip(items, targets, strict=True):
+        picked = log_p(model, item).gather(1, target.tokens)
+        wanted = target.probabilities.to(picked.dtype)
+        total = total + (wanted * (wanted.log() - picked)).sum() - picked[:, 0].sum()
+    return total / sum(item.targets for item in items)
 
 
 # -- targets ---------------------------------------------------------------------
@@ -330,3 +353,40 @@ def test_a_model_that_knows_less_than_the_level_is_asked_for_nothing(memorised) 
     for target, item in zip(targets, items, strict=True):
         expected = log_p(memorised.model, item).exp().gather(1, target.tokens[:, :1]).squeeze(1)
         torch.testing.assert_close(target.own, expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("loss", ["forget", "keep"])
+def test_gradients_by_factors_are_those_by_the_weight_in_short(
+    families, random_tokens, name: str, loss: str
+) -> None:
+    family = families[name]
+    model, items = family.build(), random_tokens(LENGTHS)
+    layers = select_linear(model, (family.mlp, *family.attention))
+    targets, edits = random_targets(items), random_edits(layers)
+    empty = next(iter(layers))
+    rows, columns = edits[empty].left.shape[0], edits[empty].right.shape[1]
+    edits[empty] = LowRankEdit(torch.zeros(rows, 0), torch.zeros(0, columns))
+    measured = feedback if loss == "forget" else preservation
+    whole = measured(model, layers, items, targets, edits)
+    short = measured(model, layers, items, targets, edits, by="factors")
+    assert short.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert short.probability == pytest.approx(whole.probability, rel=1e-5)
+    assert set(short.gradients) == set(layers) - {empty}
+    for n, (left, right) in short.gradients.items():
+        by_weight = whole.gradients[n]
+        torch.testing.assert_close(left, by_weight @ edits[n].right.T, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(right, edits[n].left.T @ by_weight, rtol=1e-3, atol=1e-6)
+
+
+def test_edits_for_a_forward_pass_alone(tiny_llama, random_tokens) -> None:
+    model, items = tiny_llama(), random_tokens(LENGTHS)
+    layers = select_linear(model, "down_proj")
+    edits = random_edits(layers)
+    expected = sequence_nll(with_edits(model, edits), items)
+    before = sequence_nll(model, items)
+    with gradients.with_edits(layers, edits):
+        found = sequence_nll(model, items)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(before, sequence_nll(model, items), strict=True))

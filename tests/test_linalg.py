@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from libortho.linalg import low_rank_part, randomized_low_rank_part
+from libortho.linalg import leading_factors, low_rank_part, randomized_low_rank_part
 
 SHAPES = [(41, 9), (9, 41), (20, 20)]
 
@@ -53,6 +53,17 @@ def test_full_rank_is_a_copy(shape: tuple[int, int]) -> None:
         assert part.data_ptr() != weight.data_ptr()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_leading_factors(shape: tuple[int, int], rank: int) -> None:
+    weight = torch.randn(shape, dtype=torch.float64)
+    left, right, values = leading_factors(weight, rank)
+    assert (left.shape, right.shape) == ((shape[0], rank), (rank, shape[1]))
+    torch.testing.assert_close(values, torch.linalg.svdvals(weight)[:rank])
+    for k in range(rank + 1):
+        torch.testing.assert_close(left[:, :k] @ right[:k], truncated(weight, k))
+
+
 @pytest.mark.parametrize("rank", [1, 4, 8])
 @pytest.mark.parametrize("shape", [(60, 30), (30, 60), (40, 40)])
 def test_randomised_is_close(shape: tuple[int, int], rank: int) -> None:
@@ -73,7 +84,7 @@ def test_randomised_depends_on_its_seed_alone() -> None:
     assert not torch.equal(randomized_low_rank_part(weight, 5, seed=8), first)
 
 
-@pytest.mark.parametrize("function", [low_rank_part, randomized_low_rank_part])
+@pytest.mark.parametrize("function", [low_rank_part, randomized_low_rank_part, leading_factors])
 def test_leaves_the_random_state_and_the_argument_alone(function) -> None:
     weight = torch.randn(12, 30)
     copy, state = weight.clone(), torch.get_rng_state()
@@ -82,7 +93,7 @@ def test_leaves_the_random_state_and_the_argument_alone(function) -> None:
     assert torch.equal(weight, copy)
 
 
-@pytest.mark.parametrize("function", [low_rank_part, randomized_low_rank_part])
+@pytest.mark.parametrize("function", [low_rank_part, randomized_low_rank_part, leading_factors])
 @pytest.mark.parametrize("rank", [-1, 0, 5])
 def test_rank_out_of_range(function, rank: int) -> None:
     with pytest.raises(ValueError, match=rf"rank={rank} .*\(4, 9\).* 1 to 4"):

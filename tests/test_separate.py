@@ -167,6 +167,25 @@ def test_target_of_unseen_text(memorised) -> None:
     assert "unseen" in report.target["aimed_at"]
 
 
+@pytest.mark.parametrize("earlier", ["show", "trust"])
+def test_an_earlier_model_is_asked_as_the_config_says(memorised, earlier: str) -> None:
+    m = memorised
+    state = copy.deepcopy(m.before.state_dict())
+    whole = dataclasses.replace(config(target_nll=None), earlier=earlier)
+    report = separate_(m.model, m.forget, m.retain, whole, before=m.before)
+    assert ("shown 5 retain examples" in report.target["aimed_at"]) == (earlier == "show")
+    assert report.settings["earlier"] == earlier
+    assert all(torch.equal(v, state[k]) for k, v in m.before.state_dict().items())
+    if earlier == "trust":
+        expected = known(m.before, m.forget)
+        assert report.target["probability"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_how_to_ask_an_earlier_model_is_checked() -> None:
+    with pytest.raises(ValueError, match="earlier='guess': expected one of 'rehearse'"):
+        SeparationConfig(earlier="guess")
+
+
 def test_target_of_the_model_before(memorised) -> None:
     m = memorised
     state = copy.deepcopy(m.before.state_dict())
@@ -174,7 +193,7 @@ def test_target_of_the_model_before(memorised) -> None:
     assert report.reached
     assert report.target["probability"] < 0.2
     assert known(m.model, m.forget) < 0.2
-    assert "before" in report.target["aimed_at"]
+    assert "rehearsed on 29 retain sequences" in report.target["aimed_at"]
     assert all(torch.equal(v, state[k]) for k, v in m.before.state_dict().items())
 
 

@@ -10,7 +10,9 @@ from libortho.alpha import alpha_scope, set_alpha
 from libortho.config import BaseConfig
 from libortho.errors import CheckpointError, DataError, LibOrthoError, OrthoStreamMissing
 from libortho.layer import OrthoLinear, replace_linear_layers
+from libortho.methods.curvature import CurvatureConfig
 from libortho.methods.geometric import GeometricConfig
+from libortho.methods.saliency import SaliencyConfig
 from libortho.methods.spectral import SpectralConfig
 from libortho.report import LayerReport, SeparationReport
 from libortho.separate import SeparationConfig, separate_, separation_report
@@ -18,12 +20,14 @@ from libortho.separate import SeparationConfig, separate_, separation_report
 __all__ = [
     "BaseConfig",
     "CheckpointError",
+    "CurvatureConfig",
     "DataError",
     "GeometricConfig",
     "LayerReport",
     "LibOrthoError",
     "OrthoLinear",
     "OrthoStreamMissing",
+    "SaliencyConfig",
     "SeparationConfig",
     "SeparationReport",
     "SpectralConfig",

@@ -55,6 +55,30 @@ def randomized_low_rank_part(weight: Tensor, rank: int, *, seed: int = 0) -> Ten
     return (u[:, :rank] * s[:rank]) @ v[:, :rank].T
 
 
+def leading_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best rank-`rank` approximation as two factors, with its singular values.
+
+    As in `low_rank_part`, from the Gram matrix of the shorter side: its eigenvectors are one
+    factor, orthonormal, and the matrix projected on them is the other.
+
+    Args:
+        matrix: (m, n), fp32 or fp64.
+        rank: 1 <= rank <= min(m, n).
+
+    Returns:
+        left (m, rank), right (rank, n) and singular values (rank,), descending; the leading k
+        columns of `left` times the leading k rows of `right` are the best rank-k approximation.
+    """
+    _check_rank(rank, matrix)
+    if matrix.shape[0] > matrix.shape[1]:
+        right, left, values = leading_factors(matrix.T, rank)
+        return left.T, right.T, values
+    _, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    left = vectors[:, -rank:].flip(1)
+    right = left.T @ matrix
+    return left, right, right.norm(dim=1)
+
+
 def _check_rank(rank: int, weight: Tensor) -> None:
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(

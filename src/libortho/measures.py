@@ -38,15 +38,19 @@ class StreamMeasures:
 def measure_streams(
     model: PreTrainedModel, forget: list[Tokens], retain: list[Tokens], tell: Progress
 ) -> StreamMeasures:
-    """What the two sets cost a split model without its ortho streams and with them."""
+    """What the two sets cost a split model without its ortho streams and with them.
+
+    An empty forget set (there are methods that do without one) has no measures.
+    """
     found = StreamMeasures({}, {}, {})
     kept = spread([retain], MEASURED_TOKENS)
     for done, alpha in enumerate((0.0, 1.0)):
         tell("measure", done, 2)
         with alpha_scope(model, alpha):
-            known = sequence_nll(model, forget)
-            found.probability[str(alpha)] = answer_probability(known)
-            found.forget_ppl[str(alpha)] = perplexity(known)
+            if forget:
+                known = sequence_nll(model, forget)
+                found.probability[str(alpha)] = answer_probability(known)
+                found.forget_ppl[str(alpha)] = perplexity(known)
             found.retain_ppl[str(alpha)] = perplexity(sequence_nll(model, kept))
     tell("measure", 2, 2)
     return found

@@ -101,6 +101,13 @@ def measure_layer(name: str, method: str, weight: Tensor, split: Split) -> Layer
     )
 
 
+_VERDICTS = {
+    True: "reached",
+    False: "NOT REACHED within the ortho budget",
+    None: "no forget set was given: nothing is claimed of one",
+}
+
+
 @dataclass(frozen=True)
 class SeparationReport:
     """A whole model's split.
@@ -112,7 +119,8 @@ class SeparationReport:
             not targeted.)
         forget_ppl, retain_ppl: alpha ("0.0", "1.0") -> perplexity, empty where nothing was given.
         target: what the search aimed at, in words and numbers.
-        reached: False where the forget set could not be forgotten within the budget.
+        reached: False where the forget set could not be forgotten within the budget; None where no
+            forget set was given, so that nothing is claimed of one.
         warnings: what a reader must not miss.
         seconds: stage -> seconds.
         settings: configuration and chosen values, JSON-ready.
@@ -123,7 +131,7 @@ class SeparationReport:
     forget_ppl: dict[str, float] = field(default_factory=dict)
     retain_ppl: dict[str, float] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
-    reached: bool = True
+    reached: bool | None = True
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -216,7 +224,7 @@ class SeparationReport:
                 lines.append(f"{label} perplexity  {text}")
         if self.target:
             lines.append("target  " + ", ".join(f"{k}: {v}" for k, v in self.target.items()))
-            lines.append("reached" if self.reached else "NOT REACHED within the ortho budget")
+            lines.append(_VERDICTS[self.reached])
         lines += [f"{x.name}: {x.note}" for x in self.layers if x.note]
         lines += [f"left as it was: {name} ({why})" for name, why in self.skipped.items()]
         lines += [f"warning: {text}" for text in self.warnings]

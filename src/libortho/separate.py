@@ -24,7 +24,7 @@ from libortho.goal import Aiming, Earlier, choose_goal
 from libortho.layer import OrthoLinear
 from libortho.linear import install, read_linear, select_linear
 from libortho.measures import measure_streams, untouched_layers
-from libortho.methods import method_of
+from libortho.methods import METHODS, method_of
 from libortho.methods.geometric import GeometricConfig
 from libortho.report import SeparationReport, measure_layer
 from libortho.scoring import check_vocabulary
@@ -75,7 +75,7 @@ class SeparationConfig:
 
 def separate_(
     model: PreTrainedModel,
-    forget: Sequence[Any],
+    forget: Sequence[Any] | None,
     retain: Sequence[Any],
     config: SeparationConfig | MethodConfig | None = None,
     *,
@@ -89,7 +89,8 @@ def separate_(
     Args:
         model: a Hugging Face causal LM. An exception leaves it as it was.
         forget: what is to be forgotten: `Example`s or strings (with a tokenizer), `Tokens`, id
-            sequences, or mappings with "input_ids" and "labels".
+            sequences, or mappings with "input_ids" and "labels". None or empty for a method that
+            does without (curvature): it is not looked at there, only measured.
         retain: what must stay, in the same forms. A few hundred sequences will do; general text is
             added from the package, if there is a tokenizer and the config does not say otherwise.
         config: a `SeparationConfig`, or a method's config for the default target modules.
@@ -104,11 +105,13 @@ def separate_(
 
     Returns:
         The measured report. `report.reached` is False where the budget did not suffice; the model
-        is split all the same, and the caller decides.
+        is split all the same, and the caller decides. It is None where no forget set was given:
+        nothing is claimed then.
 
     Raises:
-        ValueError: an empty set, a target that matches nothing, NaN/Inf weights, a layer that is
-            split already, a token id outside the vocabulary, a budget too small for one direction.
+        ValueError: a set that is missing or empty, a target that matches nothing, NaN/Inf weights,
+            a layer that is split already, a token id outside the vocabulary, a budget too small for
+            one direction or entry.
         TypeError: a target that is not linear, or items of an unknown form.
     """
     if config is None:
@@ -125,7 +128,9 @@ def separate_(
     def tokens(items: Sequence[Any], label: str) -> list[Tokens]:
         return _checked_tokens(model, items, label, tokenizer, config.template)
 
-    forget_items, retain_items = tokens(forget, "forget"), tokens(retain, "retain")
+    check_forget(config, forget)
+    forget_items = [] if forget is None or len(forget) == 0 else tokens(forget, "forget")
+    retain_items = tokens(retain, "retain")
     unseen_items = None if unseen is None else tokens(unseen, "unseen")
     with _evaluating(model), nullcontext() if before is None else _evaluating(before):
         general: list[Tokens] = []
@@ -172,6 +177,19 @@ def separate_(
             raise
 
 
+def check_forget(config: SeparationConfig, forget: Sequence[Any] | None) -> None:
+    """Raise ValueError where `config`'s method needs a forget set and there is none."""
+    given = forget is not None and len(forget) > 0
+    if given or SOLVERS[type(config.method)].forget_optional:
+        return
+    able = [method for method, kind in METHODS.items() if SOLVERS[kind].forget_optional]
+    raise ValueError(
+        f"the forget set is {'missing' if forget is None else 'empty'}: method "
+        f"{method_of(config.method)!r} needs at least one sequence; without any, there is "
+        + " or ".join(map(repr, able))
+    )
+
+
 def _checked_tokens(
     model: PreTrainedModel,
     items: Sequence[Any],
@@ -202,30 +220,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
     """Report on the model as it is now, split, at both ends of alpha."""
-    model, journal, goal = problem.model, problem.journal, problem.goal
+    model, journal = problem.model, problem.journal
     with journal.stage("measure"):
         measured = measure_streams(model, problem.forget, problem.retain, journal.tell)
-    probability = measured.probability
-    if goal is not None and isinstance(config.method, Aiming):
-        tolerance = config.method.tolerance
-        aimed, wanted = goal.source, goal.level
-        reached = probability["0.0"] <= wanted + min(tolerance * wanted, MOST_ABOVE)
-        journal.target |= {"tolerance": tolerance}
+    if problem.forget:
+        probability = measured.probability
+        reached = _judge(problem, config, probability["0.0"], probability["1.0"])
     else:
-        # the least one can ask of a method without an aim is that something was forgotten
-        aimed = "half the probability at alpha 1 (this method has no aim of its own)"
-        wanted = 0.5 * probability["1.0"]
-        reached = probability["0.0"] < wanted
-    journal.target |= {
-        "aimed_at": aimed,
-        "probability": wanted,
-        "reached_probability": probability["0.0"],
-    }
-    if not reached:
-        journal.warnings.append(
-            f"the forget set is NOT forgotten: probability per token {probability['0.0']:.3f} "
-            f"at alpha 0, aimed at {wanted:.3f}"
-        )
+        reached = None
+        journal.target["aimed_at"] = "nothing: no forget set was given"
     report = separation_report(model)
     return dataclasses.replace(
         report,
@@ -248,6 +251,31 @@ def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
             "retain_sequences": len(problem.retain),
         },
     )
+
+
+def _judge(problem: Problem, config: SeparationConfig, private: float, full: float) -> bool:
+    """Whether enough was forgotten; notes what that is, and warns where it was not.
+
+    `private` and `full` are the forget set's probability at alpha 0 and at alpha 1.
+    """
+    goal, target = problem.goal, problem.journal.target
+    if goal is not None and isinstance(config.method, Aiming):
+        tolerance = config.method.tolerance
+        aimed, wanted = goal.source, goal.level
+        reached = private <= wanted + min(tolerance * wanted, MOST_ABOVE)
+        target["tolerance"] = tolerance
+    else:
+        # the least one can ask of a method without an aim is that something was forgotten
+        aimed = "half the probability at alpha 1 (this method has no aim of its own)"
+        wanted = 0.5 * full
+        reached = private < wanted
+    target |= {"aimed_at": aimed, "probability": wanted, "reached_probability": private}
+    if not reached:
+        problem.journal.warnings.append(
+            f"the forget set is NOT forgotten: probability per token {private:.3f} "
+            f"at alpha 0, aimed at {wanted:.3f}"
+        )
+    return reached
 
 
 def separation_report(model: nn.Module) -> SeparationReport:

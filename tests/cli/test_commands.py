@@ -100,6 +100,34 @@ def test_base_only_refuses_alpha(folder: Path) -> None:
     assert run("chat", folder / "split", "--prompt", "it", "--alpha", 1).exit_code == 2
 
 
+@pytest.mark.parametrize("method", ["geometric", "saliency", "curvature", "spectral"])
+def test_every_method(folder: Path, method: str) -> None:
+    made = separate(folder, "--method", method, "--seed", 3, "--json", folder / "report.json")
+    assert made.exit_code in (0, 3), made.output
+    report = json.loads((folder / "report.json").read_text())
+    assert made.exit_code == (0 if report["reached"] else 3)
+    assert {layer["method"] for layer in report["layers"]} == {method}
+    assert report["settings"]["method"]["seed"] == 3
+    assert report["settings"]["method"]["ortho_ratio"] == 0.2
+
+
+def test_no_forget_set(folder: Path) -> None:
+    def without(*more: object):
+        return run(
+            "separate", folder / "model", "--retain", folder / "retain.jsonl",
+            "--out", folder / "split", "--ortho-ratio", 0.2, *more,
+        )  # fmt: skip
+
+    refused = without()
+    assert refused.exit_code == 2
+    assert "forget set is missing: method 'geometric'" in " ".join(refused.output.split())
+    assert not (folder / "split").exists()
+    made = without("--method", "curvature", "--json", folder / "report.json")
+    assert made.exit_code == 0, made.output
+    assert "no forget set was given" in " ".join(made.output.split())
+    assert json.loads((folder / "report.json").read_text())["reached"] is None
+
+
 def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
     # A target far beyond what one direction can do to a model that knows nothing yet.
     made = separate(folder, "--target-nll", 60, "--ortho-ratio", 0.05)
@@ -113,7 +141,8 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
     [
         (["--target", "nothing_proj"], "matches no module"),
         (["--ortho-ratio", "1.5"], "ortho_ratio=1.5"),
-        (["--method", "magic"], "expected one of geometric"),
+        (["--method", "magic"], "expected one of curvature, geometric, saliency, spectral"),
+        (["--method", "spectral", "--target-nll", "2"], "method spectral aims at no level"),
         (["--template", "latin"], "expected plain or chat"),
         (["--base", "int3"], "--base 'int3': expected int8, int4 or fp16"),
         (

@@ -42,12 +42,15 @@ app.command()(tofu)
 @app.command()
 def separate(
     model: Annotated[str, typer.Argument(help="A local folder or Hugging Face name.")],
-    forget: Annotated[
+    retain: Annotated[
         Path,
-        typer.Option(help='JSONL, one {"text"} or {"question", "answer"} a line: to be forgotten.'),
+        typer.Option(help='JSONL, one {"text"} or {"question", "answer"} a line: what must stay.'),
     ],
-    retain: Annotated[Path, typer.Option(help="The same, for what must stay.")],
     out: Annotated[Path, typer.Option(help="Folder for the split checkpoint.")],
+    forget: Annotated[
+        Path | None,
+        typer.Option(help="The same, to be forgotten; --method curvature does without."),
+    ] = None,
     before: Annotated[
         str | None,
         typer.Option(help="The model before it memorised: the best guide to what to say instead."),
@@ -74,7 +77,8 @@ def separate(
     """Split a model of your own in two files: a base that has forgotten, and the ortho stream.
 
     Exits 3 if what was to be forgotten could not be, within the budget; the split is written all
-    the same, and the report says how far it got.
+    the same, and the report says how far it got. Without --forget nothing is claimed, and it exits
+    0.
     """
     with reporting_errors():
         from transformers import AutoTokenizer
@@ -82,7 +86,7 @@ def separate(
         from libortho.checkpoint import check_writable, save_split
         from libortho.data.examples import read_jsonl
         from libortho.evaluation.finetuned import load_model
-        from libortho.separate import SeparationConfig, separate_
+        from libortho.separate import SeparationConfig, check_forget, separate_
 
         # Everything that can be wrong with the arguments is found before the model is loaded.
         config = SeparationConfig(
@@ -91,7 +95,9 @@ def separate(
             template=check_template(template),
         )
         check_writable(out)
-        forget_set, retain_set = read_jsonl(forget), read_jsonl(retain)
+        forget_set = None if forget is None else read_jsonl(forget)
+        check_forget(config, forget_set)
+        retain_set = read_jsonl(retain)
         unseen_set = None if unseen is None else read_jsonl(unseen)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         loaded = load_model(model)
@@ -110,7 +116,7 @@ def separate(
         write_json(json_file, report.to_dict())
         console.print(str(report), highlight=False, soft_wrap=True)
         console.print(f"\nsplit   {out}")
-        if not report.reached:
+        if report.reached is False:
             raise typer.Exit(EXIT_NOT_FORGOTTEN)
 
 

@@ -21,7 +21,13 @@ Targets = Annotated[
 OrthoRatio = Annotated[
     float, typer.Option(help="Ortho parameters over the targeted layers' parameters, a fraction.")
 ]
-Method = Annotated[str, typer.Option(help="geometric, or spectral (the original, data-free).")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="geometric; saliency (sparse, by gradients); curvature (needs no forget set); or "
+        "spectral (the original, data-free)."
+    ),
+]
 Base = Annotated[
     str, typer.Option(help="How the base is stored: int8, int4 (in groups of 64) or fp16.")
 ]

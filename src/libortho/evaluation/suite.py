@@ -155,14 +155,10 @@ _QUICK_KINDS = {
     "retain": (ANSWER,),
     "holdout": (ANSWER,),
 }
-_LIKELIHOODS = ("Prob", "PERT_Prob", "Prob_normalised")
+_OF_KNOWLEDGE = ("Q_A_Prob", "Q_A_PERT_Prob", "Q_A_Prob_normalised", "Truth_Ratio")
 _LEFT_OUT = (
     *(f"{prefix}_Q_A_ROUGE" for prefix in _PREFIX.values()),
-    *(
-        f"{prefix}_{part}"
-        for prefix in ("ra", "wf")
-        for part in ("Q_A_Prob_normalised", "Truth_Ratio")
-    ),
+    *(f"{prefix}_{part}" for prefix in ("ra", "wf") for part in _OF_KNOWLEDGE),
     *(f"{name}_{part}" for name in ("forget", "retain") for part in ("loops", "broken_words")),
     "model_utility",
     "forget_fluency",

@@ -11,14 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from libortho.methods.curvature import CurvatureConfig
 from libortho.methods.geometric import GeometricConfig
+from libortho.methods.saliency import SaliencyConfig
 from libortho.methods.spectral import SpectralConfig
 from libortho.report import Split
+from libortho.solvers.curvature import solve_curvature
 from libortho.solvers.geometric import solve_geometric
 from libortho.solvers.problem import Problem
+from libortho.solvers.saliency import solve_saliency
 from libortho.solvers.spectral import solve_spectral
 
-MethodConfig = GeometricConfig | SpectralConfig
+MethodConfig = GeometricConfig | SaliencyConfig | CurvatureConfig | SpectralConfig
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,18 @@ class Solver:
     Attributes:
         solve: (problem, the method's config) -> module name -> its two streams; `problem` and the
             model stay as they are.
-        general: it protects general text beside the retain set.
+        general: it looks at general text beside the retain set.
+        forget_optional: it does without a forget set.
     """
 
     solve: Callable[[Problem, Any], dict[str, Split]]
-    general: bool
+    general: bool = True
+    forget_optional: bool = False
 
 
 SOLVERS: dict[type, Solver] = {
-    GeometricConfig: Solver(solve_geometric, general=True),
+    GeometricConfig: Solver(solve_geometric),
+    SaliencyConfig: Solver(solve_saliency),
+    CurvatureConfig: Solver(solve_curvature, forget_optional=True),
     SpectralConfig: Solver(solve_spectral, general=False),
 }
