@@ -73,7 +73,7 @@ def test_the_job_measures_every_model(job: tofu.TofuJob, tmp_path: Path) -> None
     write_summary(summary, folder)
     assert json.loads((folder / "summary.json").read_text())["rows"] == rows
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert "<script" not in page
     assert not re.search(r'(src|href)="(https?:)?//', page)  # self-contained
 

@@ -62,6 +62,49 @@ def alpha_sweep(rows: dict[str, Any]) -> str:
     return _svg(figure)
 
 
+def forgetting_against_utility(rows: dict[str, Any]) -> str:
+    """Every model by what it still knows of the forget set and what it is still good for.
+
+    Utility is TOFU's model utility where it was measured, else the retain probability. A split is a
+    path from alpha 1 to alpha 0; where the reference stands is where a method should end.
+    """
+    measure = "model_utility" if "model_utility" in rows["full"] else "retain_probability"
+    figure, axes = _figure(5.4, 3.6)
+    paths: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    for name, row in rows.items():
+        method, _, alpha = name.rpartition("alpha ")
+        if alpha != name:
+            paths.setdefault(method.rstrip(", "), []).append((float(alpha), row))
+    for colour, (method, points) in zip((FORGET, RETAIN, FULL), paths.items(), strict=False):
+        path = [row for _, row in sorted(points, key=lambda p: p[0])]
+        x, y = [r[measure] for r in path], [r["forget_probability"] for r in path]
+        axes.plot(x, y, color=colour, lw=1.5, marker="o", ms=4, label=method or "split, by alpha")
+        _tag(axes, "alpha 0", x[0], y[0], colour)
+    for name, row in rows.items():
+        if "alpha " in name:
+            continue
+        at = (row[measure], row["forget_probability"])
+        colour, marker = {"full": (FULL, "s"), "reference": (REFERENCE, "D")}.get(
+            name, (_INK, "x")
+        )
+        axes.plot(*at, color=colour, marker=marker, ms=7, ls="none")
+        _tag(axes, {"reference": "never saw them"}.get(name, name), *at, colour)
+    if "reference" in rows:
+        axes.axhline(rows["reference"]["forget_probability"], color=REFERENCE, ls="--", lw=1)
+    axes.set_ylim(-0.03, 1.05)
+    axes.margins(x=0.2)
+    _labels(axes, measure.replace("_", " "), "forget answer probability")
+    if len(paths) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    return _svg(figure)
+
+
+def _tag(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
+    axes.annotate(
+        text, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8.5, color=colour
+    )
+
+
 def truth_ratio_curves(rows: dict[str, Any]) -> str:
     """Cumulative distribution of the forget set's truth ratios."""
     figure, axes = _figure()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from libortho.evaluation.entries import Entry
@@ -42,6 +43,44 @@ MEASURES = {
     "retain_broken_words": "retain_broken_words",
 }
 """Measure of a row -> the metric's name in OpenUnlearning's files (or ours)."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measure as a column of a table.
+
+    Attributes:
+        measure: key in a row.
+        heading: what people read.
+        form: format specification of a number.
+    """
+
+    measure: str
+    heading: str
+    form: str = ".3f"
+
+    def text(self, row: Mapping[str, Any]) -> str:
+        """The row's value, or nothing where it has none."""
+        return format(row[self.measure], self.form) if self.measure in row else ""
+
+
+COLUMNS = (
+    Column("forget_probability", "forget prob."),
+    Column("retain_probability", "retain prob."),
+    Column("forget_perplexity", "forget ppl", ".4g"),
+    Column("retain_perplexity", "retain ppl", ".4g"),
+    Column("forget_rouge", "forget ROUGE-L"),
+    Column("truth_ratio", "truth ratio"),
+    Column("forget_quality", "forget quality p", ".3g"),
+    Column("model_utility", "model utility"),
+    Column("extraction_strength", "extraction"),
+    Column("mia_min_k", "MIA Min-K% AUC"),
+    Column("forget_fluency", "ppl of answers", ".4g"),
+    Column("forget_loops", "answers in loops"),
+    Column("wikitext_perplexity", "WikiText ppl", ".4g"),
+    Column("seconds", "seconds", ".0f"),
+)
+"""What a table shows of a row, as far as it was measured."""
 
 
 def row_of(logs: Mapping[str, Entry]) -> dict[str, Any]:

@@ -7,23 +7,25 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from libortho.evaluation.rows import COLUMNS
+
+TERMINAL_COLUMNS = 8
+NOT_ON_TERMINAL = ("forget_perplexity", "retain_perplexity", "forget_loops", "mia_min_k")
+
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """The main job's table, its checks, and one question answered by all."""
     table = Table(title=summary["task"]["source"], title_justify="left")
     table.add_column("model", no_wrap=True)
-    for name in ("forget prob.", "retain prob.", "forget ppl", "retain ppl", "truth ratio", "KS p"):
-        table.add_column(name, justify="right")
+    shown = [c for c in COLUMNS if any(c.measure in row for row in summary["rows"].values())]
+    if len(shown) > TERMINAL_COLUMNS:  # the report has them all
+        shown = [c for c in shown if c.measure not in NOT_ON_TERMINAL]
+    for column in shown:
+        table.add_column(column.heading, justify="right")
     for name, row in summary["rows"].items():
-        quality = row.get("forget_quality")
         table.add_row(
             name,
-            f"{row['forget_probability']:.3f}",
-            f"{row['retain_probability']:.3f}",
-            f"{row['forget_perplexity']:.4g}",
-            f"{row['retain_perplexity']:.4g}",
-            f"{row['truth_ratio']:.3f}",
-            "" if quality is None else f"{quality:.3g}",
+            *(column.text(row) for column in shown),
             style="bold" if name in ("alpha 0", "alpha 1") else "",
         )
     console.print(table)

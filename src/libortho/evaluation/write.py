@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from libortho.evaluation.rows import COLUMNS
 from libortho.files import write_json
 
 
@@ -47,6 +48,8 @@ def render_report(summary: dict[str, Any]) -> str:
             whole=rows[swept[-1]],
             speakers=[key for key in shown if key not in ("question", "truth")],
             sweep=plots.alpha_sweep(rows),
+            plane=plots.forgetting_against_utility(rows),
+            columns=[c for c in COLUMNS if any(c.measure in row for row in rows.values())],
             truth=plots.truth_ratio_curves(rows),
             layers=plots.ortho_per_layer(summary["separation"]["layers"]),
             settings=json.dumps(settings, indent=1, ensure_ascii=False),
