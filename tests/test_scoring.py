@@ -130,3 +130,24 @@ def test_token_statistics_where_a_token_is_impossible(tiny_llama, random_tokens)
     handle.remove()
     assert bool(found.mean.isfinite().all() and found.variance.isfinite().all())
     assert bool((found.nll < expected.nll).all())  # the others share what the barred ones had
+
+
+def test_of_tied_logits_the_first_is_the_choice(tiny_llama, random_tokens) -> None:
+    model = tiny_llama()
+    items = random_tokens([6])
+    item = items[0]
+
+    def tie(module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        return torch.zeros_like(logits)
+
+    handle = model.get_output_embeddings().register_forward_hook(tie)
+    (found,) = token_statistics(model, items)
+    (first,) = token_statistics(model, [Tokens((1, 5, 0, 0), 2)])
+    handle.remove()
+    assert 0 not in item.ids
+    assert not bool(found.greedy.any())
+    assert bool(first.greedy.all())
+    uniform = torch.full_like(found.nll, math.log(64))
+    torch.testing.assert_close(found.nll, uniform)
+    torch.testing.assert_close(found.mean, -uniform)
+    torch.testing.assert_close(found.variance, torch.zeros_like(uniform), atol=1e-9, rtol=0)

@@ -23,7 +23,8 @@ _STATISTICS_ROWS = 64
 """Rows of logits of which the moments are taken at a time: what bounds their memory."""
 
 _NO_LOG_P = -1e4
-"""Stands for log 0: exp of it is 0 in fp32, and 0 times it is 0 rather than NaN."""
+"""Stands for log 0: exp of it is 0 in fp32, and 0 times it is 0 rather than NaN. An NLL of more
+than this, which is a logit that is barred, is reported as this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +147,19 @@ def token_statistics(
 
 def _row_statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(nll, greedy, mean, variance), (rows,) fp32 each, of (rows, vocabulary) logits."""
-    log_p = logits.log_softmax(dim=-1)
-    nll = -log_p.gather(1, labels[:, None]).squeeze(1)
-    greedy = (log_p.argmax(dim=-1) == labels).float()
-    log_p.clamp_(min=_NO_LOG_P)
-    p = log_p.exp()
-    mean = (p * log_p).sum(dim=-1)
-    variance = (p * (log_p - mean[:, None]).square()).sum(dim=-1)
-    return nll, greedy, mean, variance
+    # Half the passes over the vocabulary of the plain formulas: at a small model's size they cost
+    # as much as a good part of its forward.
+    top = logits.amax(dim=-1)
+    shifted = (logits - top[:, None]).clamp_(min=_NO_LOG_P)
+    own = shifted.gather(1, labels[:, None]).squeeze(1)
+    weights = shifted.exp()
+    total = weights.sum(dim=-1)
+    centre = torch.linalg.vecdot(weights, shifted) / total
+    variance = torch.linalg.vecdot(weights, shifted.sub_(centre[:, None]).square_()) / total
+    # Of tied logits, which bf16 has, the first is the model's choice.
+    greedy = own == 0
+    greedy[greedy.clone()] = logits[greedy].argmax(dim=-1) == labels[greedy]
+    return total.log() - own, greedy.float(), centre - total.log(), variance
 
 
 @torch.no_grad()
