@@ -77,6 +77,13 @@ def tofu(
     wikitext: Annotated[
         Path | None, typer.Option(help="A text file; its perplexity is measured, too.")
     ] = None,
+    baseline_epochs: Annotated[
+        int,
+        typer.Option(
+            help="Passes over the forget set at most, for each of a baseline's three learning rates.",
+            min=1,
+        ),
+    ] = 10,
     reference: Annotated[
         bool, typer.Option(help="Also fine-tune a model that never sees the forget authors.")
     ] = True,
@@ -101,6 +108,7 @@ def tofu(
     3 if the authors could not be forgotten within the budget.
     """
     with reporting_errors():
+        from libortho.baselines.tune import TuneConfig
         from libortho.data.embedded import embedded_model_path
         from libortho.evaluation.show import print_summary
         from libortho.evaluation.suite import SuiteConfig
@@ -123,6 +131,7 @@ def tofu(
             template=check_template(template),
             reference=reference,
             seeds=job_seeds,
+            tuning=TuneConfig(max_epochs=baseline_epochs),
             wikitext=None if wikitext is None else wikitext.read_text(encoding="utf-8"),
         )
         folder = run_folder(out)
