@@ -7,7 +7,7 @@ from types import TracebackType
 
 import psutil
 
-INTERVAL = 0.01
+INTERVAL = 0.1
 """Seconds between two looks."""
 
 

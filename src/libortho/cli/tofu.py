@@ -25,6 +25,8 @@ from libortho.cli.options import (
     method_config,
 )
 
+ALPHAS = {"quick": "0,0.5,1", "full": "0,0.25,0.5,0.75,1"}
+
 
 def tofu(
     data: Annotated[
@@ -60,8 +62,12 @@ def tofu(
     ortho_ratio: OrthoRatio = 0.01,
     base: Base = "int8",
     alpha: Annotated[
-        str, typer.Option(help="Where splits are measured, with commas.")
-    ] = "0,0.25,0.5,0.75,1",
+        str | None,
+        typer.Option(
+            help="Where splits are measured, with commas; default: 0,0.25,0.5,0.75,1 with the "
+            "full suite, 0,0.5,1 with the quick one."
+        ),
+    ] = None,
     suite: Annotated[
         str,
         typer.Option(
@@ -80,7 +86,7 @@ def tofu(
     baseline_epochs: Annotated[
         int,
         typer.Option(
-            help="Passes over the forget set at most, for each of a baseline's three learning rates.",
+            help="Passes over the forget set at most, at each of a baseline's learning rates.",
             min=1,
         ),
     ] = 10,
@@ -127,7 +133,7 @@ def tofu(
             task=_task(data, split, authors, forget_authors, seed),
             methods=_contenders(names, tuple(target), ortho_ratio, base),
             suite=SuiteConfig(quick=kind == "quick", limit=limit),
-            alphas=tuple(parse_alphas(alpha)),
+            alphas=tuple(parse_alphas(alpha or ALPHAS[kind])),
             template=check_template(template),
             reference=reference,
             seeds=job_seeds,

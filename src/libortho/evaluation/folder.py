@@ -68,23 +68,31 @@ class JobFolder:
 
     def evaluation(self, seed: int, row: str) -> Evaluation | None:
         """A model's measurements, if they were finished."""
-        folder = self._seed(seed) / slug(row)
-        marker = folder / "missing.json"  # written last
-        if not marker.is_file():
-            return None
-        held = json.loads(marker.read_text("utf-8"))
-        logs = json.loads((folder / "TOFU_EVAL.json").read_text("utf-8"))
-        return Evaluation(logs, held["missing"], held["settings"])
+        return read_evaluation(self._seed(seed) / slug(row))
 
     def keep(self, seed: int, row: str, evaluation: Evaluation) -> None:
         """Write a model's measurements."""
-        folder = self._seed(seed) / slug(row)
-        write_openunlearning(evaluation.logs, folder)
-        held = {"missing": evaluation.missing, "settings": evaluation.settings}
-        write_json(folder / "missing.json", held)
+        write_evaluation(evaluation, self._seed(seed) / slug(row))
 
     def _seed(self, seed: int) -> Path:
         return self.path / f"seed-{seed}"
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """What `write_evaluation` wrote, or None where it did not come to its end."""
+    marker = folder / "missing.json"  # written last
+    if not marker.is_file():
+        return None
+    held = json.loads(marker.read_text("utf-8"))
+    logs = json.loads((folder / "TOFU_EVAL.json").read_text("utf-8"))
+    return Evaluation(logs, held["missing"], held["settings"])
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """One model's measurements: OpenUnlearning's two files, and what is missing from them."""
+    write_openunlearning(evaluation.logs, folder)
+    held = {"missing": evaluation.missing, "settings": evaluation.settings}
+    write_json(folder / "missing.json", held)
 
 
 def slug(name: str) -> str:

@@ -84,9 +84,7 @@ def forgetting_against_utility(rows: dict[str, Any]) -> str:
         if "alpha " in name:
             continue
         at = (row[measure], row["forget_probability"])
-        colour, marker = {"full": (FULL, "s"), "reference": (REFERENCE, "D")}.get(
-            name, (_INK, "x")
-        )
+        colour, marker = {"full": (FULL, "s"), "reference": (REFERENCE, "D")}.get(name, (_INK, "x"))
         axes.plot(*at, color=colour, marker=marker, ms=7, ls="none")
         _tag(axes, {"reference": "never saw them"}.get(name, name), *at, colour)
     if "reference" in rows:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -30,11 +32,12 @@ from libortho.alpha import alpha_scope
 from libortho.baselines.registry import Baseline
 from libortho.baselines.tune import TuneConfig, tune
 from libortho.checkpoint import load_split, save_split
+from libortho.data.embedded import cache_dir
 from libortho.data.tasks import Task
 from libortho.data.tokens import Template, Tokens, encode, evenly, prompt_ids
 from libortho.evaluation.bars import Bar, benchmark_bars, demo_bars
 from libortho.evaluation.finetuned import FineTuned, fine_tuned, load_model
-from libortho.evaluation.folder import JobFolder
+from libortho.evaluation.folder import JobFolder, read_evaluation, write_evaluation
 from libortho.evaluation.generation import greedy
 from libortho.evaluation.rows import median_row, row_of
 from libortho.evaluation.suite import (
@@ -245,10 +248,10 @@ class _Seed:
     def run(self) -> _Seed:
         job = self.job
         full = self._fine_tune("full", [*self.retain, *self.forget])
-        self._measure("full", full.load)
+        self._measure_fine_tuned("full", full)
         if job.reference:
             reference = self._fine_tune("reference", self.retain, epochs=full.epochs)
-            self._measure("reference", reference.load)
+            self._measure_fine_tuned("reference", reference)
         for name, method in job.methods.items():
             if isinstance(method, SeparationConfig):
                 self._split(name, method, full)
@@ -283,7 +286,9 @@ class _Seed:
         for alpha in self.job.alphas:
             with_alpha = functools.partial(self._at, model, alpha)
             row = f"alpha {alpha:g}" if name == self.job.main else f"{name}, alpha {alpha:g}"
-            self._measure(row, model, with_alpha, full if alpha in (0.0, 1.0) else None)
+            ends = alpha in (0.0, 1.0)
+            compared = full if alpha == 1.0 or (ends and not self.job.suite.quick) else None
+            self._measure(row, model, with_alpha, compared, shown=ends)
         held = self.store.read(self.seed, f"{name}.json")
         if name == self.job.main:
             self.separation = held["report"]
@@ -363,12 +368,33 @@ class _Seed:
             self.store.write(self.seed, f"{name}.json", found)
             return outcome.model
 
-        self._measure(name, make)
+        self._measure(name, make, shown=True)
         held = self.store.read(self.seed, f"{name}.json")
         self.tuning[name] = held
         self.rows[name] |= {key: held[key] for key in ("seconds", "peak_memory", "stopped")}
 
     # -- measurements ----------------------------------------------------------------------------
+
+    def _measure_fine_tuned(self, row: str, made: FineTuned) -> None:
+        """`_measure`, or what another job measured of this very model in the same way."""
+        job = self.job
+        described = [
+            made.folder.name,
+            job.model,
+            dataclasses.asdict(self.data),
+            dataclasses.asdict(job.suite),
+            job.template,
+            job.examples,
+        ]
+        text = json.dumps(described, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:20]
+        cache = cache_dir() / "measured" / digest
+        if self.store.evaluation(self.seed, row) is None:
+            held = read_evaluation(cache)
+            if held is not None:
+                self.store.keep(self.seed, row, held)
+        self._measure(row, made.load, shown=True)
+        write_evaluation(self.evaluations[row], cache)
 
     def _measure(
         self,
@@ -376,8 +402,18 @@ class _Seed:
         make: Callable[[], PreTrainedModel],
         scope: Callable[[], Any] | None = None,
         full: FineTuned | None = None,
+        *,
+        shown: bool = False,
     ) -> None:
-        """Evaluate a model, unless an interrupted run did."""
+        """Evaluate a model, unless an interrupted run did.
+
+        Args:
+            row: its name.
+            make: makes or loads it.
+            scope: entered while it is measured.
+            full: the model that its distance is measured to, or None.
+            shown: its answers are shown.
+        """
         held = self.store.evaluation(self.seed, row)
         if held is None:
             model = make()
@@ -392,7 +428,7 @@ class _Seed:
                     pretrained=self._pretrained,
                     progress=lambda stage, done, total: self.tell(f"{row}: {stage}", done, total),
                 )
-                if self.job.suite.quick and self.job.examples:
+                if self.job.suite.quick and shown:
                     evaluation.logs["forget_answers"] = self._answers(model)
                 if full is not None:
                     evaluation.logs["kl_to_full"] = self._distance(model, full.load())

@@ -43,14 +43,23 @@ SENSITIVITY_TOKENS = 1024
 FIND_TOKENS = 6_000
 """Tokens of the forget set, evenly spread, that the directions are found on."""
 
-POOL_TOKENS = 6_000
+POOL_TOKENS = 3_000
 """Tokens of retain and general text, evenly spread, that the second phase draws from."""
 
-POOL_TOKENS = 6_000
+WINDOW = 80
+"""Longest sequence of running text there, in tokens: each of them is predicted, which is dear."""
+
+POOL_TOKENS = 3_000
 """Tokens of retain and general text, evenly spread, that the second phase draws from."""
 
-NEAR = 1.5
+WINDOW = 80
+"""Longest sequence of running text there, in tokens: each of them is predicted, which is dear."""
+
+NEAR = 4.0
 """Multiple of the wanted probability below which it is measured after every epoch."""
+
+FEW = 32
+"""Forget sequences up to which it is measured after every epoch in any case."""
 
 
 def solve_geometric(problem: Problem, method: GeometricConfig) -> dict[str, Split]:
@@ -157,8 +166,17 @@ def _descend(
     problem.journal.tell("find directions", method.find_steps, method.find_steps)
     fit = _Fit(problem, method, goal, descent)
     epochs = math.ceil(method.fit_steps / fit.steps)
+    start = descent.edits()
     return search(
-        problem.journal, goal.level, descent.edits(), fit.measure, fit.epoch, epochs, fit.steps
+        problem.journal,
+        goal.level,
+        start,
+        fit.measure,
+        fit.epoch,
+        epochs,
+        fit.steps,
+        # the same directions at length 0, should the first phase have gone too far
+        {name: LowRankEdit(edit.left * 0, edit.right) for name, edit in start.items()},
     )
 
 
@@ -173,7 +191,9 @@ class _Fit:
     ) -> None:
         self._problem, self._method, self._goal, self._descent = problem, method, goal, descent
         self._order = random.Random(method.seed)
-        pools = [spread([items], POOL_TOKENS // len(problem.kept)) for items in problem.kept]
+        pools = [
+            spread([_windows(items)], POOL_TOKENS // len(problem.kept)) for items in problem.kept
+        ]
         self._kept = batches_of(pools, method.retain_tokens, method.seed)
         self._originals: dict[int, Target] = {}
         self._estimate: float | None = None
@@ -226,14 +246,28 @@ class _Fit:
     def measure(self, edits: Mapping[str, LowRankEdit]) -> Feedback:
         """How the forget set does with some edits.
 
-        After an epoch that was far from the goal, what its steps saw on their way is near enough.
+        After an epoch that was far from the goal, what its steps saw on their way is near enough,
+        unless there are so few sequences that an epoch may go all the way.
         """
         estimate, self._estimate = self._estimate, None
-        if estimate is None or estimate <= NEAR * self._goal.level:
+        few = len(self._problem.forget) <= FEW
+        if estimate is None or few or estimate <= NEAR * self._goal.level:
             with with_edits(self._problem.layers, edits):
                 nll = sequence_nll(self._problem.model, self._problem.forget)
             estimate = answer_probability(nll)
         return Feedback(loss=0.0, probability=estimate, nll=math.nan, gradients={})
+
+
+def _windows(items: list[Tokens]) -> list[Tokens]:
+    """Running text in windows; questions with their answers as they are."""
+    cut: list[Tokens] = []
+    for item in items:
+        if item.prompt > 1 or len(item.ids) <= WINDOW:
+            cut.append(item)
+            continue
+        parts = [item.ids[i : i + WINDOW] for i in range(0, len(item.ids), WINDOW)]
+        cut += [Tokens(part) for part in parts if len(part) > 1]
+    return cut
 
 
 def _project(

@@ -10,7 +10,7 @@ from libortho.forgetting import Feedback
 from libortho.gradients import Edit
 from libortho.solvers.problem import Journal
 
-LANDING_STEPS = 3
+LANDING_STEPS = 5
 """Bisections of the last step, which would otherwise forget more than was asked for."""
 
 E = TypeVar("E", bound=Edit)
@@ -25,6 +25,7 @@ def search(
     advance: Callable[[int, Feedback], dict[str, E]],
     steps: int,
     counts: int = 1,
+    origin: dict[str, E] | None = None,
 ) -> dict[str, E]:
     """Advance until the forget set's probability is at `level`, then land on it.
 
@@ -36,6 +37,7 @@ def search(
         advance: (number of the step, feedback at the present edits) -> the next edits.
         steps: at most.
         counts: what one of these steps counts for in the report.
+        origin: where `start` came from, if it may be beyond the level already.
 
     Returns:
         Edits that reach the level, or those of lowest probability where none did.
@@ -43,7 +45,8 @@ def search(
     Raises:
         ValueError: the loss is not finite.
     """
-    edits = previous = best = start
+    edits = best = start
+    previous = start if origin is None else origin
     best_probability = math.inf
     for step in range(steps + 1):
         now = measure(edits)
