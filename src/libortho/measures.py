@@ -16,7 +16,7 @@ from libortho.training import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MEASURED_TOKENS = 2_000
+MEASURED_TOKENS = 1_500
 """About how many retain tokens the report's perplexity is taken over, spread over the set."""
 
 

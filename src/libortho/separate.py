@@ -34,7 +34,7 @@ from libortho.solvers.problem import Journal, Problem, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-GENERAL_TOKENS = 8_000
+GENERAL_TOKENS = 6_000
 """Tokens of general text that are protected: several times a small model's layer width."""
 
 MOST_ABOVE = 0.05

@@ -59,7 +59,6 @@ def test_the_job_measures_every_model(job: tofu.TofuJob, tmp_path: Path) -> None
     assert rows["alpha 1"]["forget_probability"] == pytest.approx(
         rows["full"]["forget_probability"], abs=0.05
     )
-    assert 0 <= rows["alpha 1"]["kl_to_full"] < 0.05
     assert rows["reference"]["forget_quality"] == pytest.approx(1.0)
     assert (
         summary["seeds"]["0"]["missing"]["full"]["model_utility"] == "not part of the quick suite"

@@ -25,7 +25,7 @@ from libortho.cli.options import (
     method_config,
 )
 
-ALPHAS = {"quick": "0,0.5,1", "full": "0,0.25,0.5,0.75,1"}
+ALPHAS = {"quick": "0,1", "full": "0,0.25,0.5,0.75,1"}
 
 
 def tofu(
@@ -65,7 +65,7 @@ def tofu(
         str | None,
         typer.Option(
             help="Where splits are measured, with commas; default: 0,0.25,0.5,0.75,1 with the "
-            "full suite, 0,0.5,1 with the quick one."
+            "full suite, 0,1 with the quick one."
         ),
     ] = None,
     suite: Annotated[

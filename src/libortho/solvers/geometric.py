@@ -37,7 +37,7 @@ from libortho.scoring import answer_probability, sequence_nll
 from libortho.solvers.problem import Problem, batches_of
 from libortho.solvers.search import search
 
-SENSITIVITY_TOKENS = 1024
+SENSITIVITY_TOKENS = 512
 """Tokens over which a layer's output sensitivity is averaged: one number, soon stable."""
 
 FIND_TOKENS = 6_000
@@ -58,7 +58,7 @@ WINDOW = 80
 NEAR = 4.0
 """Multiple of the wanted probability below which it is measured after every epoch."""
 
-FEW = 32
+FEW = 16
 """Forget sequences up to which it is measured after every epoch in any case."""
 
 
