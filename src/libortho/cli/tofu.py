@@ -25,6 +25,7 @@ from libortho.cli.options import (
     method_config,
 )
 
+LIMITS = {"quick": 40, "full": None}
 ALPHAS = {"quick": "0,1", "full": "0,0.25,0.5,0.75,1"}
 
 
@@ -78,7 +79,10 @@ def tofu(
     ] = "",
     limit: Annotated[
         int | None,
-        typer.Option(help="At most so many questions of each set that utility is measured on."),
+        typer.Option(
+            help="At most so many questions of each set that utility is measured on; default: 40 "
+            "with the quick suite, all with the full one."
+        ),
     ] = None,
     wikitext: Annotated[
         Path | None, typer.Option(help="A text file; its perplexity is measured, too.")
@@ -132,7 +136,9 @@ def tofu(
             model=model or str(embedded_model_path()),
             task=_task(data, split, authors, forget_authors, seed),
             methods=_contenders(names, tuple(target), ortho_ratio, base),
-            suite=SuiteConfig(quick=kind == "quick", limit=limit),
+            suite=SuiteConfig(
+                quick=kind == "quick", limit=LIMITS[kind] if limit is None else limit
+            ),
             alphas=tuple(parse_alphas(alpha or ALPHAS[kind])),
             template=check_template(template),
             reference=reference,

@@ -53,6 +53,9 @@ from libortho.scoring import mean_token_kl
 from libortho.separate import SeparationConfig, separate_
 from libortho.training import MemoriseConfig, Progress
 
+MEASURED_FORMAT = 1
+"""Raised when the suite measures the same model otherwise."""
+
 QUICK_TOKENS = 32
 """Longest answer that the quick suite shows."""
 
@@ -379,6 +382,8 @@ class _Seed:
         """`_measure`, or what another job measured of this very model in the same way."""
         job = self.job
         described = [
+            MEASURED_FORMAT,
+            libortho.__version__,
             made.folder.name,
             job.model,
             dataclasses.asdict(self.data),
