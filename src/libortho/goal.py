@@ -36,7 +36,7 @@ SHOT_TOKENS = 128
 REHEARSAL = MemoriseConfig(target=1.0, max_epochs=3)
 """How an earlier model is rehearsed: enough for the form of an answer, too little for much more."""
 
-REHEARSED = 40
+REHEARSED = 48
 """Retain sequences, evenly spread, that it is rehearsed on."""
 
 Earlier = Literal["rehearse", "show", "trust"]

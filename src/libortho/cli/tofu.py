@@ -25,7 +25,6 @@ from libortho.cli.options import (
     method_config,
 )
 
-LIMITS = {"quick": 40, "full": None}
 ALPHAS = {"quick": "0,1", "full": "0,0.25,0.5,0.75,1"}
 
 
@@ -79,10 +78,7 @@ def tofu(
     ] = "",
     limit: Annotated[
         int | None,
-        typer.Option(
-            help="At most so many questions of each set that utility is measured on; default: 40 "
-            "with the quick suite, all with the full one."
-        ),
+        typer.Option(help="At most so many questions of each set that utility is measured on."),
     ] = None,
     wikitext: Annotated[
         Path | None, typer.Option(help="A text file; its perplexity is measured, too.")
@@ -136,9 +132,7 @@ def tofu(
             model=model or str(embedded_model_path()),
             task=_task(data, split, authors, forget_authors, seed),
             methods=_contenders(names, tuple(target), ortho_ratio, base),
-            suite=SuiteConfig(
-                quick=kind == "quick", limit=LIMITS[kind] if limit is None else limit
-            ),
+            suite=SuiteConfig(quick=kind == "quick", limit=limit),
             alphas=tuple(parse_alphas(alpha or ALPHAS[kind])),
             template=check_template(template),
             reference=reference,

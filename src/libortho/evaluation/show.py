@@ -10,7 +10,13 @@ from rich.table import Table
 from libortho.evaluation.rows import COLUMNS
 
 TERMINAL_COLUMNS = 8
-NOT_ON_TERMINAL = ("forget_perplexity", "retain_perplexity", "forget_loops", "mia_min_k")
+NOT_ON_TERMINAL = (
+    "forget_perplexity",
+    "retain_perplexity",
+    "extraction_strength",
+    "forget_loops",
+    "mia_min_k",
+)
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:

@@ -40,7 +40,7 @@ from libortho.solvers.search import search
 SENSITIVITY_TOKENS = 512
 """Tokens over which a layer's output sensitivity is averaged: one number, soon stable."""
 
-FIND_TOKENS = 4_000
+FIND_TOKENS = 6_000
 """Tokens of the forget set, evenly spread, that the directions are found on."""
 
 POOL_TOKENS = 3_000
@@ -55,7 +55,7 @@ POOL_TOKENS = 3_000
 WINDOW = 80
 """Longest sequence of running text there, in tokens: each of them is predicted, which is dear."""
 
-NEAR = 2.5
+NEAR = 4.0
 """Multiple of the wanted probability below which it is measured after every epoch."""
 
 FEW = 16
