@@ -189,3 +189,14 @@ def test_methods_seeds_and_baselines_in_one_table(job: tofu.TofuJob, tmp_path: P
 def test_a_job_that_cannot_be(job: tofu.TofuJob, change: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(job, **change)
+
+
+def test_what_was_not_measured_does_not_hold(job: tofu.TofuJob, tmp_path: Path) -> None:
+    """The full suite of a task without general knowledge has no model utility."""
+    job = dataclasses.replace(job, suite=SuiteConfig(max_new_tokens=4))
+    summary = tofu.run_tofu(job, tmp_path / "run")
+    assert "model_utility" in summary["seeds"]["0"]["missing"]["alpha 0"]
+    (bar,) = (bar for bar in summary["bars"] if bar["bar"].startswith("model utility"))
+    assert bar["value"] != bar["value"]
+    assert not bar["holds"]
+    write_summary(summary, tmp_path / "run")

@@ -6,6 +6,7 @@ Every function takes rows: {name: {measure: value}}, as `evaluation.rows` makes 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -81,14 +82,18 @@ def benchmark_bars(
 ) -> list[Bar]:
     """The bars of the whole benchmark, for the main method.
 
+    What was not measured has the value NaN, and its bar does not hold.
+
     Args:
-        rows: with "full", "reference", "alpha 0" and "alpha 1", each measured in full.
+        rows: with "full", "reference", "alpha 0" and "alpha 1".
         density: ortho parameters over the targeted layers'; None for a sparse ortho that is not
             held to the bar.
         baselines: names of the rows that are to be beaten.
     """
-    full, reference = rows["full"], rows["reference"]
-    base, whole = rows["alpha 0"], rows["alpha 1"]
+    full, reference, base, whole = (
+        defaultdict(lambda: math.nan, rows[name])
+        for name in ("full", "reference", "alpha 0", "alpha 1")
+    )
 
     def apart(measure: str) -> float:
         return abs(base[measure] - reference[measure])
@@ -134,8 +139,7 @@ def benchmark_bars(
     ]
     others = [rows[name] for name in baselines if name in rows]
     if others:
-        same = [r for r in others if r["stopped"]] or others
-        fastest = min(r["seconds"] for r in same)
+        fastest = min((r["seconds"] for r in others if r["stopped"]), default=math.nan)
         found.append(
             at_least(
                 "seconds of the fastest gradient baseline at equal forgetting / of the split",
@@ -145,7 +149,7 @@ def benchmark_bars(
         )
         beaten = sum(
             base["forget_quality"] > r["forget_quality"]
-            and base["model_utility"] > r["model_utility"]
+            and base["model_utility"] > r.get("model_utility", math.nan)
             for r in others
         )
         found.append(

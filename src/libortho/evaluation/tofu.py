@@ -47,7 +47,7 @@ from libortho.evaluation.suite import (
     evaluate_suite,
     with_reference,
 )
-from libortho.goal import REHEARSAL, REHEARSED
+from libortho.goal import REHEARSAL, REHEARSED, Aiming
 from libortho.memory import PeakMemory
 from libortho.scoring import mean_token_kl
 from libortho.separate import SeparationConfig, separate_
@@ -313,26 +313,30 @@ class _Seed:
         if self.store.has(self.seed, f"{name}.json"):
             return _eager(load_split(folder))
         model = full.load()
-        # What `separate_` would do by itself, but cached.
-        rehearsed = fine_tuned(
-            self.job.model, evenly(self.retain, REHEARSED), REHEARSAL, "rehearsal", self.tell
-        )
+        before, rehearsing = None, 0.0
+        if isinstance(config.method, Aiming):
+            before = load_model(self.job.model)
+            if config.earlier == "rehearse":  # what `separate_` would do by itself, but cached
+                items = evenly(self.retain, REHEARSED)
+                made = fine_tuned(self.job.model, items, REHEARSAL, "rehearsal", self.tell)
+                before, rehearsing = made.load(), made.seconds or 0.0
+                config = dataclasses.replace(config, earlier="trust")
         clock = time.perf_counter()
         with PeakMemory() as memory:
             report = separate_(
                 model,
                 self.forget,
                 self.retain,
-                dataclasses.replace(_seeded(config, self.seed), earlier="trust"),
+                _seeded(config, self.seed),
                 tokenizer=self.tokenizer,
-                before=rehearsed.load(),
+                before=before,
                 unseen=self.unseen or None,
                 progress=self._named(name),
             )
         save_split(model, folder, tokenizer=self.tokenizer, report=report)
         found = report.to_dict()
         spent = time.perf_counter() - clock - found["seconds"].get("measure", 0.0)
-        spent += rehearsed.seconds or 0.0
+        spent += rehearsing
         self.store.write(
             self.seed,
             f"{name}.json",

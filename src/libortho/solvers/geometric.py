@@ -49,12 +49,6 @@ POOL_TOKENS = 3_000
 WINDOW = 80
 """Longest sequence of running text there, in tokens: each of them is predicted, which is dear."""
 
-POOL_TOKENS = 3_000
-"""Tokens of retain and general text, evenly spread, that the second phase draws from."""
-
-WINDOW = 80
-"""Longest sequence of running text there, in tokens: each of them is predicted, which is dear."""
-
 NEAR = 4.0
 """Multiple of the wanted probability below which it is measured after every epoch."""
 
