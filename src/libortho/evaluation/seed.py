@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -168,6 +169,7 @@ class SeedRun:
     def _unlearn(self, name: str, baseline: Baseline, full: FineTuned) -> None:
         """Tune a baseline to the level that the main method aimed at, and measure the best."""
         level = float(self.separation["target"]["probability"])
+        states = self.store.states(self.seed, name)
 
         def make() -> PreTrainedModel:
             outcome = tune(
@@ -178,6 +180,7 @@ class SeedRun:
                 level,
                 self.job.tuning,
                 self._named(name),
+                states,
             )
             chosen = outcome.candidates[outcome.chosen]
             found = {
@@ -191,6 +194,7 @@ class SeedRun:
             return outcome.model
 
         self.measured.measure(name, make, shown=True)
+        shutil.rmtree(states, ignore_errors=True)
         held = self.store.read(self.seed, f"{name}.json")
         self.tuning[name] = held
         self.measured.rows[name] |= {

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import transformers
 from transformers import AutoTokenizer
 
 import libortho
-from libortho.evaluation.bars import Bar, benchmark_bars, demo_bars
+from libortho.evaluation.bars import Bar, benchmark_bars, demo_bars, over_seeds
 from libortho.evaluation.folder import JobFolder
 from libortho.evaluation.job import TofuJob, identity
 from libortho.evaluation.rows import median_row
@@ -62,6 +61,7 @@ def run_tofu(job: TofuJob, folder: Path, progress: Progress | None = None) -> di
     tables = [done.measured.rows for done in seeds.values()]
     names = [name for name in tables[0] if all(name in table for table in tables)]
     rows = {name: median_row([table[name] for table in tables]) for name in names}
+    bars = {seed: _bars(job, done) for seed, done in seeds.items()}
     return {
         "task": {
             "name": job.task.name,
@@ -75,11 +75,11 @@ def run_tofu(job: TofuJob, folder: Path, progress: Progress | None = None) -> di
             for name, method in job.methods.items()
         },
         "rows": rows,
-        "bars": [bar.to_dict() for bar in _bars(job, rows, first.separation)],
+        "bars": [bar.to_dict() for bar in over_seeds(list(bars.values()))],
         "seeds": {
             str(seed): {
                 "rows": done.measured.rows,
-                "bars": [bar.to_dict() for bar in _bars(job, done.measured.rows, done.separation)],
+                "bars": [bar.to_dict() for bar in bars[seed]],
                 "missing": {row: e.missing for row, e in done.measured.evaluations.items()},
                 "tuning": done.tuning,
                 "reached": done.separation["reached"],
@@ -106,11 +106,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _bars(
-    job: TofuJob, rows: Mapping[str, Mapping[str, Any]], separation: Mapping[str, Any]
-) -> list[Bar]:
-    low_rank = separation["layers"] and separation["layers"][0]["kind"] == "low_rank"
-    density = separation["totals"]["density"] if low_rank else None
+def _bars(job: TofuJob, done: SeedRun) -> list[Bar]:
+    rows, density = done.measured.rows, float(done.separation["totals"]["density"])
     if job.suite.quick or "reference" not in rows or not {"alpha 0", "alpha 1"} <= set(rows):
         return demo_bars(rows, density)
     return benchmark_bars(rows, density, job.baselines)
