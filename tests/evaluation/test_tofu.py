@@ -74,13 +74,21 @@ def test_the_job_measures_every_model(job: TofuJob, tmp_path: Path) -> None:
     write_summary(summary, folder)
     assert json.loads((folder / "summary.json").read_text())["rows"] == rows
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 4
+    drawn = sorted(file.stem for file in folder.glob("*.png"))
+    assert drawn == [
+        "alpha_sweep",
+        "forget_energy",
+        "forgetting_against_utility",
+        "ortho_per_layer",
+        "truth_ratios",
+    ]
+    assert page.count("<svg") == len(drawn)
     assert "<script" not in page
     assert not re.search(r'(src|href)="(https?:)?//', page)  # self-contained
 
     # What a model says is data, not markup.
     summary["examples"][0]["full"] = "<img src=x onerror=alert(1)>"
-    assert "<img src=x" not in render_report(summary)
+    assert "<img src=x" not in render_report(summary, [])
 
 
 def test_results_are_in_openunlearnings_files(job: TofuJob, tmp_path: Path) -> None:

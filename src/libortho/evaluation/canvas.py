@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 # Okabe and Ito's colour-blind safe palette, those of it that hold on white and on near-black. Shape
 # tells series apart as well, and text is never in a series' colour.
@@ -56,7 +57,8 @@ class Picture:
 
 def canvas(x: str, y: str, width: float = 5.4, height: float = 3.6) -> tuple[Figure, Axes]:
     """An empty figure of a size in inches, its axes labelled."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+    figure = Figure(figsize=(width, height), layout=layout)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     for spine in axes.spines.values():

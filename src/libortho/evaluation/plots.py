@@ -32,7 +32,7 @@ LEAST_P = 1e-20
 """Smaller p-values are drawn here."""
 
 _SPLITS = ((VERMILION, "o"), (ORANGE, "s"), (PURPLE, "D"), (SKY, "h"))
-_BASELINES = ("^", "v", "<", ">", "P", "X", "*", "d")
+_BASELINES = ("^", "X", "P", "v", "*", "d", "<", ">")
 
 
 def pictures(summary: Mapping[str, Any]) -> list[Picture]:
@@ -126,7 +126,9 @@ def _models(axes: Axes, rows: Rows, main: str, x: str, y: str, least: float = -m
             next(shapes, "x"),
         )
         label = {"full": "full model", "reference": REFERENCE}.get(name, name)
-        axes.plot(*at(row), color=colour, marker=marker, ms=7.5, ls="none", label=label, zorder=3)
+        # The reference is a ring: a split that lands on it must not hide it, nor be hidden.
+        ring = {"ms": 13, "mfc": "none", "mew": 2} if name == "reference" else {"ms": 7.5}
+        axes.plot(*at(row), color=colour, marker=marker, ls="none", label=label, zorder=5, **ring)
     axes.margins(x=0.12)
 
 
