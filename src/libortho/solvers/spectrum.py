@@ -49,13 +49,13 @@ def principal_directions(edit: LowRankEdit, metric: Metric) -> tuple[Tensor, Ten
     s_i (v_i^T L^-1 x) u_i to the layer's output.
 
     Returns:
-        s_i^2, (rank,) in descending order: the mean square of what direction i adds on retain data
-        (as the metric has it: with its ridge and first positions). And v_i^T L^-1,
-        (rank, in_features), so that the same on inputs x is s_i^2 E[(v_i^T L^-1 x)^2]; the
+        s_i^2, (rank,) in descending order: the mean square of what direction i adds on retain data,
+        as the metric has it (with its ridge and first positions). And v_i^T L^-1,
+        (rank, in_features): on inputs x, direction i adds s_i^2 E[(v_i^T L^-1 x)^2], so that the
         expectation is the ratio of that energy to the retain energy, a Rayleigh quotient of
-        S_f v = mu M v.
+        S_f v = mu M v. There are fewer directions where the rank exceeds a side of the weight.
     """
     _, r_left = torch.linalg.qr(edit.left)
     q_right, r_right = torch.linalg.qr((edit.right @ metric.factor).T)
-    _, strengths, v_t = torch.linalg.svd(r_left @ r_right.T)
+    _, strengths, v_t = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     return strengths.square(), metric.unwhiten_rows(v_t @ q_right.T)
