@@ -57,6 +57,7 @@ def test_it_ends_where_another_would(
     memorised, tmp_path: Path, objective: Objective, rate: float, stop_at: float | None
 ) -> None:
     epochs = 6 if stop_at is None else 60
+    rate *= 1.0 if stop_at is None else 0.25
     config = UnlearnConfig(objective, rate, max_epochs=epochs, batch_size=2, landing_steps=3)
     whole = copy.deepcopy(memorised.model)
     expected = unlearn_(whole, memorised.forget, memorised.retain, config, stop_at=stop_at)

@@ -43,8 +43,8 @@ def table() -> dict[str, dict[str, Any]]:
         "reference": {**SHARES, "forget_fluency": 5.0},
         "alpha 0": {**SHARES, "forget_fluency": 5.0, "forget_quality": 0.9, "seconds": 10.0},
         "alpha 1": {**FULL, "kl_to_full": 1e-5},
-        "npo": {"forget_quality": 0.8, "model_utility": 0.4, "seconds": 200.0, "stopped": True},
-        "rmu": {"forget_quality": 0.8, "model_utility": 0.4, "seconds": 1.0, "stopped": False},
+        "npo": {"forget_quality": 0.01, "model_utility": 0.4, "seconds": 200.0, "stopped": True},
+        "rmu": {"forget_quality": 0.01, "model_utility": 0.4, "seconds": 1.0, "stopped": False},
     }
 
 
