@@ -11,7 +11,8 @@ from libortho.alpha import alpha_scope
 from libortho.checkpoint import base_only, load_split
 from libortho.data import embedded_model_path, embedded_task, encode
 from libortho.errors import OrthoStreamMissing
-from libortho.evaluation.tofu import TofuJob, run_tofu
+from libortho.evaluation.job import TofuJob
+from libortho.evaluation.tofu import run_tofu
 from libortho.evaluation.write import write_summary
 from libortho.scoring import answer_probability, sequence_nll
 

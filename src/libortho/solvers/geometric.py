@@ -36,6 +36,7 @@ from libortho.report import Split
 from libortho.scoring import answer_probability, sequence_nll
 from libortho.solvers.problem import Problem, batches_of
 from libortho.solvers.search import search
+from libortho.solvers.spectrum import edit_spectrum
 
 SENSITIVITY_TOKENS = 512
 """Tokens over which a layer's output sensitivity is averaged: one number, soon stable."""
@@ -80,6 +81,10 @@ def solve_geometric(problem: Problem, method: GeometricConfig) -> dict[str, Spli
             edits = _descend(problem, method, goal, metrics, budget)
         else:
             edits = _project(problem, goal, metrics, budget)
+    with journal.stage("spectrum"):
+        journal.tell("spectrum", 0, 1)
+        journal.spectrum = edit_spectrum(problem, edits, metrics)
+        journal.tell("spectrum", 1, 1)
     splits = {}
     with journal.stage("quantise"):
         for done, (name, weight) in enumerate(problem.weights.items()):
