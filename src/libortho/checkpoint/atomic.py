@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from libortho.checkpoint.manifest import PathLike, is_split
+from libortho.checkpoint.manifest import is_split
+from libortho.checkpoint.names import PathLike
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: PathLike) -> None:
-    """Raise now what `save_split` and `base_only` would raise of `folder` after their work.
+    """Raise now what `save_split` and `strip` would raise of `folder` after their work.
 
     Raises:
         FileExistsError: it exists, is not empty, and is no split checkpoint.
