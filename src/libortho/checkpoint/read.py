@@ -41,6 +41,7 @@ def load_split(
     Raises:
         CheckpointError: something is missing, damaged, or not of one piece; found before a weight
             is loaded.
+        OSError: a file cannot be read, for want of permission, for instance.
         TypeError: `dtype` is no floating dtype.
     """
     from transformers import AutoModelForCausalLM
@@ -61,7 +62,7 @@ def load_split(
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (CheckpointError, MemoryError, RuntimeError):
+    except (CheckpointError, OSError, MemoryError, RuntimeError):
         raise
     except Exception as error:  # whatever a config or a model's class raises on a config from disk
         raise CheckpointError(

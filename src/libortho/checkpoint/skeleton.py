@@ -92,6 +92,11 @@ def prepare(model: PreTrainedModel, found: Verified, dtype: torch.dtype) -> None
                 _place(model, name, _empty_like(tensor, DTYPES[entry.dtype]))
     # Ties as they were saved, which may differ from what the config would tie.
     model.all_tied_weights_keys = dict(found.manifest.tied)
+    # Every weight is there, so nothing needs to be initialised but computed buffers; and a model's
+    # own rules for initialisation may reach for the weight of a layer that is split (GPT-2's do).
+    for module in model.modules():
+        if not module._non_persistent_buffers_set:
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def finish(model: PreTrainedModel, found: Verified, dtype: torch.dtype) -> None:
