@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from libortho.checkpoint import atomic, base_only, check_writable, load_split, save_split, write
+from libortho.checkpoint import atomic, check_writable, load_split, save_split, strip, write
 
 transformers = pytest.importorskip("transformers")
 
@@ -29,17 +29,22 @@ def failing(function: Callable[..., Any], at: int, error: BaseException) -> Call
     return call
 
 
+STRIP = sys.modules["libortho.checkpoint.strip"]
+"""The module, whose name in its package is its function's."""
+
 STEPS: list[tuple[object, str, int]] = [
     (write, "save_file", 0),
     (write, "save_file", 1),
-    (write, "sha256_of", 0),
+    (write, "digest", 0),
+    (write, "digest", 1),
+    (write, "_write_ortho", 0),
     (write, "_write_text", 0),
-    (write, "check_tensors", 0),
+    (write, "check_files", 0),
     (transformers.PreTrainedConfig, "save_pretrained", 0),
     (shutil, "copymode", 0),
     (os, "fsync", 0),
     (os, "fsync", 5),
-    (os, "fsync", 6),
+    (os, "fsync", 8),
     (os, "rename", 0),
     (os, "rename", 1),
 ]
@@ -75,17 +80,17 @@ def test_a_failed_save_changes_nothing(
 
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
-    [(shutil, "copyfile", 2), (write, "_check_no_memory", 0), (os, "fsync", 0), (os, "rename", 0)],
+    [(shutil, "copyfile", 2), (STRIP, "search", 0), (os, "fsync", 0), (os, "rename", 0)],
 )
-def test_a_failed_base_only_leaves_nothing(
+def test_a_failed_strip_leaves_nothing(
     owner: object, name: str, at: int, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing(getattr(owner, name), at, OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
-            base_only(copy, tmp_path / "out")
+            strip(copy, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
-    base_only(copy, tmp_path / "out")
+    strip(copy, tmp_path / "out")
 
 
 def test_what_could_not_be_deleted_is_named(
@@ -129,7 +134,7 @@ def test_a_foreign_folder_or_file_is_never_touched(
         with pytest.raises(FileExistsError, match=match):
             save_split(split_model(), target)
         with pytest.raises(FileExistsError, match=match):
-            base_only(saved, target)
+            strip(saved, target)
         with pytest.raises(FileExistsError, match=match):
             check_writable(target)
     with pytest.raises(NotADirectoryError, match=r"thesis\.txt is a file"):

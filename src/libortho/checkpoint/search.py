@@ -72,13 +72,17 @@ def search(
         owners |= dict.fromkeys(own, name)
         if not own:
             silent.append(name)
+    nbytes = sum((folder / file).stat().st_size for file in files)
+    searched = Searched(
+        len(tensors) - len(silent), len(owners), tuple(silent), tuple(files), nbytes
+    )
+    if not owners:
+        return searched
     sought = _Blocks(owners)
-    nbytes = 0
     for file in files:
         with (folder / file).open("rb") as stream:
             tail, start = b"", 0
             while data := stream.read(CHUNK):
-                nbytes += len(data)
                 window = tail + data
                 place = sought.find(window)
                 if place is not None:
@@ -86,7 +90,7 @@ def search(
                     return Found(owners[block], file, start - len(tail) + place)
                 start += len(data)
                 tail = window[-(BLOCK - 1) :]
-    return Searched(len(tensors) - len(silent), len(owners), tuple(silent), tuple(files), nbytes)
+    return searched
 
 
 def _telling_blocks(data: bytes) -> list[bytes]:

@@ -25,6 +25,7 @@ from libortho.cli.options import (
     check_template,
     method_config,
 )
+from libortho.cli.strip import strip
 from libortho.cli.tofu import tofu
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 
 app.command()(tofu)
+app.command()(strip)
 
 
 @app.command()
@@ -71,6 +73,10 @@ def separate(
     ortho_ratio: OrthoRatio = 0.01,
     base: Base = "int8",
     template: TemplateOption = "plain",
+    forgotten: Annotated[
+        str | None,
+        typer.Option(help="What was forgotten, for the model card, in words that anyone may read."),
+    ] = None,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
@@ -112,7 +118,14 @@ def separate(
                 unseen=unseen_set,
                 progress=progress,
             )
-        save_split(loaded, out, tokenizer=tokenizer, report=report)
+        save_split(
+            loaded,
+            out,
+            tokenizer=tokenizer,
+            report=report,
+            base_model=None if Path(model).exists() else model,
+            forgotten=forgotten,
+        )
         write_json(json_file, report.to_dict())
         console.print(str(report), highlight=False, soft_wrap=True)
         console.print(f"\nsplit   {out}")
