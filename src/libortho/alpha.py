@@ -7,8 +7,8 @@ Two ways to set it, and nothing global:
   only (a `contextvars.ContextVar`): scopes in two threads or tasks never see each other. A thread
   started inside a scope begins outside of it, that is, at the default.
 
-Both hold in a model compiled by `torch.compile` too: its graph asks for alpha each time it runs (see
-`add_scaled`), so that no change of alpha recompiles it.
+Both hold in a model compiled by `torch.compile` too: its graph asks for alpha each time it runs
+(see `add_scaled`), so that no change of alpha recompiles it.
 
 `a` is a number in [0, 1], or one value per row of the batch as a 1-D tensor or sequence.
 """

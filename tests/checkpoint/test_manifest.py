@@ -100,7 +100,7 @@ def test_another_quant_method_is_no_split(edit, copy: Path) -> None:
 
 def test_the_format_before_the_first_release_is_refused(copy: Path) -> None:
     (copy / "libortho.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="before the first release.*make the split again"):
+    with pytest.raises(CheckpointError, match=r"before the first release.*make the split again"):
         load_split(copy)
 
 

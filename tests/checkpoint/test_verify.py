@@ -139,7 +139,7 @@ def test_wrong_shards(saved: Path, sharded: Path) -> None:
     (sharded / "model.safetensors").unlink()
     for text in ("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'):
         (sharded / INDEX).write_text(text)
-        with pytest.raises(CheckpointError, match="index of shards|names no file"):
+        with pytest.raises(CheckpointError, match=r"index of shards|names no file"):
             load_split(sharded)
     for name in ("../model.safetensors", "/etc/passwd", "sub/x.safetensors"):
         (sharded / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))

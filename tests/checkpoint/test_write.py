@@ -50,7 +50,7 @@ def test_the_ortho_file_holds_the_memory_and_nothing_else_does(digest_of, saved:
         "format_version": 1,
         "libortho_version": libortho.__version__,
         "base_sha256": digest_of(saved / "model.safetensors"),
-        "layers": dict.fromkeys(layers, {"shape": [24, 40], "base": "int8"}),
+        "layers": {name: {"shape": [24, 40], "base": "int8"} for name in layers},
         "tied": {},
         "buffer_dtypes": {
             f"model.rotary_emb.{name}": "float32" for name in ("inv_freq", "original_inv_freq")
@@ -107,7 +107,7 @@ def test_the_config_says_what_is_so(new_model, split_layer, tmp_path: Path) -> N
 def test_one_module_in_two_places_is_refused(split_model, tmp_path: Path) -> None:
     model = split_model()
     model.model.layers[1].mlp.down_proj = model.model.layers[0].mlp.down_proj
-    with pytest.raises(ValueError, match="expected the name of a|are one module|is missing"):
+    with pytest.raises(ValueError, match="is missing: the config"):
         save_split(model, tmp_path / "m")
 
 
