@@ -273,7 +273,7 @@ def rewrite() -> Callable[..., None]:
     return _rewrite
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def digest_of() -> Callable[[Path], str]:
     """`digest_of(path)`: of all tensors of one file, as the format's page defines it."""
     return _digest

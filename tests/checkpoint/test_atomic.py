@@ -6,13 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from libortho.checkpoint import atomic, check_writable, load_split, save_split, strip, write
+from libortho.checkpoint import (
+    atomic,
+    check_writable,
+    load_split,
+    read_manifest,
+    save_split,
+    strip,
+    verify_split,
+    write,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,9 +55,18 @@ STEPS: list[tuple[object, str, int]] = [
     (os, "fsync", 0),
     (os, "fsync", 5),
     (os, "fsync", 8),
-    (os, "rename", 0),
-    (os, "rename", 1),
+    (atomic, "_check_replaceable", 1),
 ]
+
+
+@pytest.fixture(params=["one step", "two renames"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Replace a folder in the one step that Linux has, and as it is done elsewhere."""
+    if request.param == "two renames":
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    elif sys.platform != "linux":
+        pytest.skip("renameat2 is Linux's")
+    return str(request.param)
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
@@ -78,6 +97,53 @@ def test_a_failed_save_changes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
 
 
+@pytest.mark.parametrize(("name", "at"), [("rename", 0), ("rename", 1), ("fsync", 9)])
+def test_a_failed_swap_changes_nothing(
+    split_model, files_in, way: str, name: str, at: int, copy: Path, tmp_path: Path, monkeypatch
+) -> None:
+    if way == "one step" and name == "rename":
+        pytest.skip("nothing is renamed")
+    before = files_in(copy)
+    # The last flush is that of the folder around it, after the swap.
+    assert name != "fsync" or at == len(before) + 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, failing(getattr(os, name), at, OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            save_split(split_model(seed=1), copy)
+    assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+    assert files_in(copy) == before
+
+
+SAVE_FOREVER = """
+import sys
+from libortho.checkpoint import load_split, save_split
+models = [load_split(folder) for folder in sys.argv[2:]]
+print("ready", flush=True)
+while True:
+    for model in models:
+        save_split(model, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_killed_at_any_instant(saved: Path, saved_low_rank: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(saved, target)
+    known = {read_manifest(folder).base_sha256 for folder in (saved, saved_low_rank)}
+    command = [sys.executable, "-c", SAVE_FOREVER, target, saved, saved_low_rank]
+    found = set()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        end = time.monotonic() + 60
+        while len(found) < 2 or len(os.listdir(tmp_path)) == 1:  # until it is killed in the middle
+            assert time.monotonic() < end
+            found.add(read_manifest(target).base_sha256)
+        process.kill()
+    assert found == known
+    assert verify_split(target).manifest.base_sha256 in known
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [(shutil, "copyfile", 2), (STRIP, "search", 0), (os, "fsync", 0), (os, "rename", 0)],
@@ -93,22 +159,24 @@ def test_a_failed_strip_leaves_nothing(
     strip(copy, tmp_path / "out")
 
 
+@pytest.mark.usefixtures("way")
 def test_what_could_not_be_deleted_is_named(
     split_model, assert_same_model, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic.shutil, "rmtree", failing(shutil.rmtree, 0, OSError("busy")))
     model = split_model(seed=1)
-    with pytest.warns(UserWarning, match=r"still at .*\.copy\.old-.*busy"):
+    with pytest.warns(UserWarning, match=r"still at .*\.copy\.(old|partial)-.*busy"):
         save_split(model, copy)
     assert_same_model(model, load_split(copy))
 
 
+@pytest.mark.usefixtures("way")
 def test_saving_replaces_a_split_checkpoint_as_a_whole(
     split_model, copy: Path, tmp_path: Path
 ) -> None:
-    (copy / "report.json").write_text("{}")
+    (copy / "notes.txt").write_text("{}")
     save_split(split_model(seed=1), copy)
-    assert not (copy / "report.json").exists()
+    assert not (copy / "notes.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
 
 
