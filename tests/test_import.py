@@ -18,6 +18,15 @@ print(torch.cuda.is_initialized())
 """
 
 
+IMPORT_TIME = """
+import time
+import torch
+torch_done = time.process_time()
+import libortho
+print(time.process_time() / torch_done)
+"""
+
+
 def test_imports_nothing_heavy() -> None:
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120
@@ -31,3 +40,12 @@ def test_public_names() -> None:
     for name in libortho.__all__:
         assert getattr(libortho, name).__doc__, name
     assert libortho.__version__.count(".") >= 1
+
+
+def test_importing_takes_little_longer_than_torch() -> None:
+    # CPU time from the interpreter's start; the best of three, as a busy machine adds to either.
+    ratios = [
+        float(subprocess.check_output([sys.executable, "-c", IMPORT_TIME], text=True, timeout=300))
+        for _ in range(3)
+    ]
+    assert min(ratios) <= 1.3

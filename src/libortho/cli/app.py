@@ -23,6 +23,7 @@ from libortho.cli.options import (
     check_template,
     method_config,
 )
+from libortho.cli.strip import strip
 from libortho.cli.tofu import tofu
 from libortho.separate import SeparationConfig
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 
 
 app.command()(tofu)
+app.command()(strip)
 
 
 @app.command()
@@ -70,6 +72,10 @@ def separate(
     ortho_ratio: OrthoRatio = 0.01,
     base: Base = "int8",
     template: TemplateOption = "plain",
+    forgotten: Annotated[
+        str | None,
+        typer.Option(help="What was forgotten, for the model card, in words that anyone may read."),
+    ] = None,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
@@ -95,6 +101,7 @@ def separate(
             before=before,
             unseen=unseen,
             out=out,
+            forgotten=forgotten,
             json_file=json_file,
         )
 

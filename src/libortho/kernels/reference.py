@@ -1,9 +1,9 @@
 """What each stream computes, in plain PyTorch: the definition that fast paths are tested against.
 
-All weights are constants here: gradients flow to `x` only. Each product is an
-`autograd.Function` so that backward holds on to the *stored* weight (int8, fp16, factors) and
-never to a dequantised copy, and works through the weight in blocks of rows so that no temporary
-exceeds `BLOCK_BYTES` (plus the result itself).
+All weights are constants here: gradients flow to `x` only. Each product has a backward of its own,
+which holds on to the *stored* weight (int8, fp16, factors) and never to a dequantised copy, and
+works through the weight in blocks of rows so that no temporary exceeds `BLOCK_BYTES` (plus the
+result itself).
 
 Stored forms of a dense W, told apart by what stands beside `qdata`:
 
@@ -146,36 +146,58 @@ def dense_linear(
     return result
 
 
-class _CsrLinear(torch.autograd.Function):
-    # torch.sparse has no half-precision product on every device, so both passes run in at least
-    # fp32; the ortho stream is small enough that this costs little.
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]
-    ) -> Tensor:
-        ctx.save_for_backward(crow, col, values)
-        ctx.shape = shape
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        matrix = csr_tensor(crow, col, values.to(dtype), shape)
-        flat = x.reshape(-1, shape[1]).to(dtype)
-        y: Tensor = (matrix @ flat.T).T.to(x.dtype)
-        return y.reshape(*x.shape[:-1], shape[0])
+# torch.sparse has no half-precision product on every device, so both passes run in at least fp32;
+# the ortho stream is small enough that this costs little. They are operators of their own, and not
+# one autograd.Function like the dense product, because torch.compile cannot look into sparse
+# layouts: it calls an operator as it is.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        crow, col, values = ctx.saved_tensors
-        out_features, in_features = ctx.shape
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        transposed = torch.sparse_coo_tensor(
-            torch.stack((col.long(), csr_rows(crow))),
-            values.to(dtype),
-            (in_features, out_features),
-            check_invariants=False,
-        )
-        flat = grad.reshape(-1, out_features).to(dtype)
-        grad_x = torch.sparse.mm(transposed, flat.T).T.to(grad.dtype)
-        return grad_x.reshape(*grad.shape[:-1], in_features), None, None, None, None
+
+@torch.library.custom_op("libortho::csr_linear", mutates_args=())
+def _csr_linear(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, out_features: int) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    matrix = csr_tensor(crow, col, values.to(dtype), (out_features, x.shape[-1]))
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    y = (matrix @ flat.T).T.to(x.dtype).contiguous()
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+@_csr_linear.register_fake
+def _(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("libortho::csr_linear_backward", mutates_args=())
+def _csr_linear_backward(
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, in_features: int
+) -> Tensor:
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    transposed = torch.sparse_coo_tensor(
+        torch.stack((col.long(), csr_rows(crow))),
+        values.to(dtype),
+        (in_features, grad.shape[-1]),
+        check_invariants=False,
+    )
+    flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
+    grad_x = torch.sparse.mm(transposed, flat.T).T.to(grad.dtype).contiguous()
+    return grad_x.reshape(*grad.shape[:-1], in_features)
+
+
+@_csr_linear_backward.register_fake
+def _(grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, in_features: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _csr_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, crow, col, values, _ = inputs
+    ctx.save_for_backward(crow, col, values)
+    ctx.in_features = x.shape[-1]
+
+
+def _csr_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _csr_linear_backward(grad, *ctx.saved_tensors, ctx.in_features), None, None, None, None
+
+
+_csr_linear.register_autograd(_csr_backward, setup_context=_csr_setup)
 
 
 def csr_tensor(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -204,8 +226,7 @@ def csr_linear(
         values: (nnz,) floating.
         shape: (out_features, in_features) of S.
     """
-    result: Tensor = _CsrLinear.apply(x, crow, col, values, shape)
-    return result
+    return _csr_linear(x, crow, col, values, shape[0])
 
 
 def low_rank_linear(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ def run_separate(
     before: str | None,
     unseen: Path | None,
     out: Path,
+    forgotten: str | None,
     json_file: Path | None,
 ) -> None:
     """Read the sets, split the model, write the split and say what it came to."""
@@ -45,7 +46,14 @@ def run_separate(
             unseen=unseen_set,
             progress=progress,
         )
-    save_split(loaded, out, tokenizer=tokenizer, report=report)
+    save_split(
+        loaded,
+        out,
+        tokenizer=tokenizer,
+        report=report,
+        base_model=None if Path(model).exists() else model,
+        forgotten=forgotten,
+    )
     write_json(json_file, report.to_dict())
     console.print(str(report), highlight=False, soft_wrap=True)
     console.print(f"\nsplit   {out}")
