@@ -25,6 +25,7 @@ from libortho.cli.options import (
     check_template,
     method_config,
 )
+from libortho.cli.serve import keys, serve, ui
 from libortho.cli.tofu import tofu
 
 app = typer.Typer(
@@ -37,6 +38,9 @@ app = typer.Typer(
 
 
 app.command()(tofu)
+app.command()(serve)
+app.command()(ui)
+app.add_typer(keys, name="keys")
 
 
 @app.command()

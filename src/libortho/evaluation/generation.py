@@ -50,7 +50,7 @@ def greedy(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an answer: the generation config's, and the tokenizer's end of sequence."""
+    """Ids that end an answer: the generation config's, and the tokenizer's end of sequence."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None})

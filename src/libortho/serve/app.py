@@ -100,9 +100,7 @@ def _add_completions(app: FastAPI, gate: Gate) -> None:
         texts = [{"role": m.role, "content": m.content} for m in messages]
         return await _answer(request, gate, "chat", body, works, texts)
 
-    @app.post(
-        "/v1/completions", response_model=shapes.Completion, responses={**errors, **streamed}
-    )
+    @app.post("/v1/completions", response_model=shapes.Completion, responses={**errors, **streamed})
     async def complete(request: Request, body: shapes.CompletionRequest) -> Response:
         """Continue a text, or several."""
         works = _works(gate, body, _prompts(body.prompt), body.max_tokens, body.logprobs)
@@ -209,7 +207,14 @@ async def _answer(
     )
     if body.stream:
         usage = bool(body.stream_options and body.stream_options.include_usage)
-        return _Stream(_chunks(gate, grant, answers, envelope, usage))
+
+        async def close() -> None:
+            # A generator that was never begun runs no `finally` of its own.
+            for answer in answers:
+                await answer.aclose()
+            gate.finished(grant, CLIENT_GONE, "client_gone")
+
+        return _Stream(_chunks(gate, grant, answers, envelope, usage), close)
 
     async def run() -> dict[str, Any]:
         gathered = [Gathered() for _ in answers]
@@ -282,20 +287,23 @@ async def _while_connected(
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events whose maker is closed as soon as the client is gone."""
+    """Server-sent events; however they end, also before the first, `close` is awaited."""
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]]
+    ) -> None:
         super().__init__(
             chunks, media_type="text/event-stream", headers={"cache-control": "no-cache"}
         )
         self._chunks = chunks
+        self._close = close
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        # A generator that was never begun does not run its `finally`: begin it.
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._chunks.aclose()
+            await self._close()
 
 
 async def _chunks(

@@ -40,9 +40,7 @@ class Loaded:
     ortho: Literal["present", "missing", "unusable"]
 
 
-def load_for_serving(
-    folder: Path, dtype: torch.dtype | None = None, dense: bool = False
-) -> Loaded:
+def load_for_serving(folder: Path, dtype: torch.dtype | None = None, dense: bool = False) -> Loaded:
     """Load a split checkpoint; one whose ortho file is damaged is loaded without it, and says so.
 
     Args:

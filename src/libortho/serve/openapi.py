@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI makes of the routes, with our errors and this server's limits."""
+"""The OpenAPI document: what FastAPI makes of the routes, with our errors and limits."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from libortho.errors import LibOrthoError
+from libortho.files import write_text
 from libortho.serve.keys import check_id, match
 
 ANONYMOUS = "anonymous"
@@ -162,3 +163,19 @@ def read_policy(path: Path) -> Policy:
         raise PolicyError(f"{path}: not UTF-8 text") from None
     except PolicyError as error:
         raise PolicyError(f"{path}: {error}") from None
+
+
+def append_entry(path: Path, entry: str) -> None:
+    """Append a `[[keys]]` block to a policy file, made if missing; the result is checked first.
+
+    Raises:
+        PolicyError: the file is not a policy, or would not be one with the entry.
+        OSError: it cannot be read or written.
+    """
+    old = path.read_text(encoding="utf-8") if path.exists() else "version = 1\n"
+    text = f"{old.rstrip()}\n\n{entry}"
+    try:
+        parse_policy(text)
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from None
+    write_text(path, text)
