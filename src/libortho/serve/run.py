@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -63,3 +65,33 @@ def make_server(
         h11_max_incomplete_event_size=32_768,
     )
     return Server(config, gate)
+
+
+@contextmanager
+def serving(app: FastAPI, gate: Gate, seconds: float = 60) -> Iterator[str]:
+    """Serve in a thread, on a free port of this machine, for as long as the block runs.
+
+    Args:
+        seconds: in which the server must be up.
+
+    Yields:
+        Its URL, without a path.
+
+    Raises:
+        RuntimeError: it did not come up.
+    """
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    server = make_server(app, gate, log_level="warning")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        until = time.monotonic() + seconds
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > until:
+                raise RuntimeError("the server did not come up; its log says why")
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
