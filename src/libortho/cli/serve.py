@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,6 +72,10 @@ def serve(
         list[str] | None,
         typer.Option(help="vllm: ALPHA=NAME of an ortho adapter there; may be repeated."),
     ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="vllm: an export's folder; its server is then started and stopped here."),
+    ] = None,
 ) -> None:
     """Serve a split model: OpenAI's API, with `alpha` in each request and a policy that decides.
 
@@ -83,16 +87,17 @@ def serve(
 
         limits = Limits(queue=queue, rows=rows, max_tokens=max_tokens, request_seconds=timeout)
         followed = Policy() if policy is None else read_policy(policy)
-        if engine == "vllm":
-            made = _vllm(folder, upstream, base, adapter or [], limits)
-        elif engine == "transformers":
-            if upstream or base or adapter:
-                raise ValueError("--upstream, --base and --adapter are for --engine vllm")
-            made = _transformers(folder, dtype, dense, limits, template)
-        else:
+        if engine not in ("transformers", "vllm"):
             raise ValueError(f"--engine {engine!r}: expected transformers or vllm")
-        page = folder if ui else None
-        _run(made, limits, folder, followed, policy, host, port, name, audit, page, None)
+        if engine == "transformers" and (upstream or base or adapter or export):
+            raise ValueError("--upstream, --base, --adapter and --export are for --engine vllm")
+        with ExitStack() as held:
+            if engine == "vllm":
+                made = _vllm(folder, upstream, base, adapter or [], export, limits, held)
+            else:
+                made = _transformers(folder, dtype, dense, limits, template)
+            page = folder if ui else None
+            _run(made, limits, folder, followed, policy, host, port, name, audit, page, None)
 
 
 def ui(
@@ -197,12 +202,26 @@ def _transformers(
 
 
 def _vllm(
-    folder: Path, upstream: str | None, base: str | None, adapters: list[str], limits: Limits
+    folder: Path,
+    upstream: str | None,
+    base: str | None,
+    adapters: list[str],
+    export: Path | None,
+    limits: Limits,
+    held: ExitStack,
 ) -> Engine:
     from libortho.serve.engine_vllm import VllmEngine, parse_adapters
+    from libortho.serve.vllm_process import BASE, find_adapters, vllm_server
 
+    if export is not None:
+        if upstream or base or adapters:
+            raise ValueError("--export starts a server: --upstream, --base, --adapter name another")
+        found = find_adapters(export)
+        url = held.enter_context(vllm_server(export, found))
+        named = {alpha: place.name for alpha, place in found.items()}
+        return VllmEngine(folder, url, BASE, named, limits)
     if upstream is None or base is None:
-        raise ValueError("--engine vllm needs --upstream URL and --base NAME")
+        raise ValueError("--engine vllm needs --export DIR, or --upstream URL and --base NAME")
     return VllmEngine(folder, upstream, base, parse_adapters(adapters), limits)
 
 
