@@ -498,7 +498,7 @@ def test_the_command_reloads_on_hangup_and_finishes_streams_when_told_to_leave(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "libortho.cli", "serve", str(canary), "--policy", str(policy),
+        [sys.executable, "-c", "from libortho.cli import app; app()", "serve", str(canary), "--policy", str(policy),
          "--port", str(port), "--audit", str(audit), "--name", "canary"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

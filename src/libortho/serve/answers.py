@@ -40,7 +40,9 @@ class Envelope:
     """What all parts of one response share.
 
     Attributes:
-        prompts: of the answers, that many share a prompt: `n` of them, which is counted once.
+        id: of the response.
+        created: seconds since 1970.
+        n: answers to each prompt; they follow one another.
         logprobs: whether they were asked for.
     """
 

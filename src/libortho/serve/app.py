@@ -79,7 +79,7 @@ def create_app(gate: Gate, page: Path | None = None, hosts: list[str] | None = N
 
 def _add_completions(app: FastAPI, gate: Gate) -> None:
     errors = error_responses(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
-    streamed = {
+    streamed: dict[int | str, dict[str, Any]] = {
         200: {
             "description": "The answer, or with `stream` its chunks as server-sent events.",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
@@ -178,8 +178,8 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Prom
     if isinstance(prompt, str):
         return [Prompt(text=prompt)]
     if isinstance(prompt[0], int):
-        return [Prompt(ids=tuple(prompt))]  # type: ignore[arg-type]
-    return [Prompt(text=p) if isinstance(p, str) else Prompt(ids=tuple(p)) for p in prompt]  # type: ignore[arg-type]
+        return [Prompt(ids=tuple(prompt))]
+    return [Prompt(text=p) if isinstance(p, str) else Prompt(ids=tuple(p)) for p in prompt]
 
 
 async def _answer(

@@ -78,10 +78,10 @@ def load_for_serving(folder: Path, dtype: torch.dtype | None = None, dense: bool
 
 def unpack_bases(model: PreTrainedModel) -> None:
     """Replace every base stream by the dense matrix that it stands for, in place."""
-    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[union-attr]
-    assert isinstance(dtype, torch.dtype)
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
     for layer in ortho_layers(model).values():
-        layer.base = BaseStream(layer.base.dequantize(dtype), None)
+        layer.base = BaseStream(layer.base.dequantize(weight.dtype), None)
 
 
 def _load_without_ortho(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:

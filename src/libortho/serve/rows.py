@@ -109,7 +109,9 @@ class RunningRows:
         alphas: Sequence[float],
         cache: Any,
     ) -> Tensor:
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        device = weight.device
         more: dict[str, Any] = {}
         if self._positions:
             more["position_ids"] = positions.to(device)
