@@ -139,7 +139,8 @@ def test_scores_are_the_models_own(running, loaded, known) -> None:
     score = httpx2.post(f"{running.url}/v1/score", json=body, headers=headers).json()
     head = loaded.tokenizer(prompt).input_ids
     tail = loaded.tokenizer(text, add_special_tokens=False).input_ids
-    assert score["tokens"] == text.split()
+    assert "".join(score["tokens"]) == text
+    assert [token.strip() for token in score["tokens"]] == text.split()
     for row in score["data"]:
         with alpha_scope(loaded.model, row["alpha"]):
             (nll,) = sequence_nll(loaded.model, [Tokens((*head, *tail), len(head))])

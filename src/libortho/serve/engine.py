@@ -108,7 +108,8 @@ class Scores:
     """Log-probabilities of one continuation.
 
     Attributes:
-        tokens: its tokens as text.
+        tokens: its tokens as text, which join to the whole; one that ends within a character is
+            empty, and the next one has all of it.
         logprobs: for each alpha asked for, the log-probability of each token, nats.
         prompt_tokens: tokens of the prompt.
     """

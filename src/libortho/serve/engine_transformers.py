@@ -192,8 +192,10 @@ class TransformersEngine:
             self._jobs.append(job)
             self._wake.notify()
         logprobs = await job.future
-        tokens = tuple(self._text_of(token) for token in tail)
-        return Scores(tokens, tuple(tuple(row) for row in logprobs), len(head))
+        text = TextStream(self._tokenizer)
+        tokens = [text.push(token) for token in tail]
+        tokens[-1] += text.finish()
+        return Scores(tuple(tokens), tuple(tuple(row) for row in logprobs), len(head))
 
     def _check_open(self) -> None:
         if not self.status().ready:

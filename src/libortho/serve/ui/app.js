@@ -58,10 +58,9 @@ async function colour(side, text, high, asked, signal) {
   const score = await post("/v1/score", body, signal);
   const [low, up] = score.data.map((row) => row.logprobs);
   const tokens = score.tokens.map((token, i) => ({ text: token, low: low[i], high: up[i], alpha: high }));
-  // Tokens that are part of a character do not read alone: then the text stays as it came.
-  if (tokens.map((token) => token.text).join("") === text) {
-    showTokens($(`answer-${side}`), tokens, (token) => { $("reading").textContent = token ? sentence(token) : ""; });
-  }
+  const tell = (token) => { $("reading").textContent = token ? sentence(token) : ""; };
+  // A token that ends within a character has no text of its own.
+  showTokens($(`answer-${side}`), tokens.filter((token) => token.text), tell);
   const mean = (values) => Math.exp(values.reduce((a, b) => a + b, 0) / values.length);
   const cut = $(`note-${side}`).textContent;
   $(`note-${side}`).textContent = `probability per token ${mean(low).toFixed(2)} at alpha 0, ${mean(up).toFixed(2)} at alpha ${high}${cut ? ` · ${cut}` : ""}`;
