@@ -55,6 +55,8 @@ def test_a_seed_repeats_whatever_else_is_in_the_batch() -> None:
 
 def test_extremes() -> None:
     logits = torch.tensor([[1e30, -1e30, float("-inf")]])
-    assert choose(logits, [rule(1e-6)])[0].token == 0
+    (chosen,) = choose(logits, [rule(1e-6, logprobs=3)])
+    assert (chosen.token, chosen.logprob) == (0, 0.0)
+    assert [value for _, value in chosen.top] == [0.0, -9999.0, -9999.0], "JSON has no infinity"
     with pytest.raises(ValueError, match="NaN"):
         choose(torch.tensor([[float("nan"), 0.0]]), [rule()])

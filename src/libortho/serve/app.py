@@ -227,7 +227,12 @@ async def _answer(
             await pieces.aclose()
         return envelope.response(gathered)
 
-    return JSONResponse(await _finishing(request, gate, grant, run()))
+    try:
+        return JSONResponse(await _finishing(request, gate, grant, run()))
+    finally:
+        # A task that was cancelled before its first step has closed nothing.
+        for answer in answers:
+            await answer.aclose()
 
 
 def _note(gate: Gate, grant: Grant, gathered: list[Gathered], envelope: Envelope) -> None:

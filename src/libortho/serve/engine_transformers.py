@@ -36,7 +36,7 @@ from libortho.serve.limits import Limits
 from libortho.serve.loading import Loaded
 from libortho.serve.prompts import encode_prompt
 from libortho.serve.rows import RunningRows, check_model
-from libortho.serve.sampling import Chosen, Rule, choose
+from libortho.serve.sampling import LEAST_LOGPROB, Chosen, Rule, choose
 from libortho.serve.text import TextStream
 
 log = logging.getLogger(__name__)
@@ -287,11 +287,10 @@ class TransformersEngine:
         joining: list[_Row] = []
         longest = max((row.most for row in self._rows), default=0)
         with self._wake:
+            # Those that nobody waits for any more must not fill the queue either.
+            self._waiting = deque(r for r in self._waiting if not r.answer.cancelled)
             while self._waiting:
                 row = self._waiting[0]
-                if row.answer.cancelled:
-                    self._waiting.popleft()
-                    continue
                 count = len(self._rows) + len(joining) + 1
                 longest = max(longest, row.most)
                 if count > self._limits.rows or count * longest > self._limits.batch_tokens:
@@ -362,7 +361,8 @@ class TransformersEngine:
             # which sees the predicted positions alone.
             with alpha_scope(self._model, alphas):
                 nll = token_nll(self._model, batch)
-            result += [(-part).tolist() for part in nll.cpu().split(batch.counts)]
+            logprobs = (-nll.cpu()).clamp_min(LEAST_LOGPROB)
+            result += [part.tolist() for part in logprobs.split(batch.counts)]
         return result
 
     def _fail(self, error: ApiError, waiting: bool = False) -> None:

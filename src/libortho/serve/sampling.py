@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST_LOGPROB = -9999.0
+"""Stands for log 0, for which JSON has no number."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -62,7 +65,7 @@ def choose(logits: Tensor, rules: Sequence[Rule]) -> list[Chosen]:
         if rule.logprobs is None:
             chosen.append(Chosen(token))
             continue
-        logprobs = logits[row].log_softmax(dim=-1)
+        logprobs = logits[row].log_softmax(dim=-1).clamp_min(LEAST_LOGPROB)
         best = logprobs.topk(min(rule.logprobs, len(logprobs)))
         top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         chosen.append(Chosen(token, float(logprobs[token]), top))

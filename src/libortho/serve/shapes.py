@@ -18,6 +18,8 @@ Text = Annotated[str, Field(max_length=LONGEST)]
 Filled = Annotated[str, Field(min_length=1, max_length=LONGEST)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+"""A penalty that is none."""
 Model = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -37,7 +39,6 @@ class ChatMessage(_Request):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Filled | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
-    name: Annotated[str, Field(max_length=64)] | None = None
 
     def text(self) -> str:
         """The content as one text."""
@@ -64,8 +65,8 @@ class _Sampled(_Request):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     store: bool | None = None
