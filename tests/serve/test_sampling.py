@@ -25,7 +25,7 @@ def test_zero_takes_the_likeliest_and_tells_log_probabilities() -> None:
     assert second.logprob is None
 
 
-def draws(logits: torch.Tensor, made: Rule, count: int = 4000) -> torch.Tensor:
+def draws(logits: torch.Tensor, made: Rule, count: int = 1200) -> torch.Tensor:
     tokens = [choose(logits[None], [made])[0].token for _ in range(count)]
     return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / count
 
@@ -34,13 +34,13 @@ def draws(logits: torch.Tensor, made: Rule, count: int = 4000) -> torch.Tensor:
 def test_frequencies_follow_the_temperature(temperature: float) -> None:
     logits = torch.tensor([1.0, 0.0, -1.0, 0.5])
     found = draws(logits, rule(temperature))
-    assert torch.allclose(found, (logits / temperature).softmax(0), atol=0.03)
+    assert torch.allclose(found, (logits / temperature).softmax(0), atol=0.05)
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     probability = torch.tensor([0.1, 0.5, 0.3, 0.1])
     found = draws(probability.log(), rule(top_p=0.7))
-    assert torch.allclose(found, torch.tensor([0.0, 0.625, 0.375, 0.0]), atol=0.03)
+    assert torch.allclose(found, torch.tensor([0.0, 0.625, 0.375, 0.0]), atol=0.05)
     assert draws(probability.log(), rule(top_p=1e-6), 20)[1] == 1
 
 
