@@ -7,7 +7,7 @@ DEV    := $(VENV)/.installed-dev
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation clean
+.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation bench-serving crosstalk schemathesis clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,15 @@ bench-svd: dev ## the truncated SVD beside torch.linalg.svd
 
 bench-quantisation: dev ## what each way of storing the base costs (TEXT=a plain text file)
 	$(BIN)/python benchmarks/quantisation.py --text $(TEXT)
+
+bench-serving: dev ## requests a second beside plain transformers (SPLIT=a split, MODEL=its original)
+	$(BIN)/python benchmarks/serving.py $(SPLIT) --original $(MODEL)
+
+crosstalk: dev   ## 5,000 requests at mixed alphas over 64 connections: no answer depends on another
+	$(BIN)/python benchmarks/crosstalk.py
+
+schemathesis: dev ## many more requests made from the OpenAPI document than the tests make
+	LIBORTHO_SCHEMATHESIS_EXAMPLES=500 $(BIN)/pytest tests/serve/test_openapi.py
 
 clean:           ## remove .venv and caches of this folder
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextmanager
@@ -25,13 +25,25 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, data: Any, *, indent: int = 1) -> None:
     """Write JSON whole or not at all, making the folder; a file of that name is replaced."""
+    with _replacing(path) as file:
+        json.dump(data, file, indent=indent, ensure_ascii=False, allow_nan=True)
+        file.write("\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text whole or not at all, making the folder; a file of that name is replaced."""
+    with _replacing(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
     ) as file:
         try:
-            json.dump(data, file, indent=indent, ensure_ascii=False, allow_nan=True)
-            file.write("\n")
+            yield file
         except BaseException:
             os.unlink(file.name)
             raise

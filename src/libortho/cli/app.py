@@ -23,6 +23,7 @@ from libortho.cli.options import (
     check_template,
     method_config,
 )
+from libortho.cli.serve import keys, serve, ui
 from libortho.cli.strip import strip
 from libortho.cli.tofu import tofu
 from libortho.separate import SeparationConfig
@@ -38,6 +39,9 @@ app = typer.Typer(
 
 app.command()(tofu)
 app.command()(strip)
+app.command()(serve)
+app.command()(ui)
+app.add_typer(keys, name="keys")
 
 
 @app.command()

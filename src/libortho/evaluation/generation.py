@@ -30,7 +30,7 @@ def greedy(
             prompt if it is longer).
         progress: told (prompts done, prompts in all) after each batch.
     """
-    ends = _ends(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, str] = {}
     while order:
@@ -49,7 +49,8 @@ def greedy(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the generation config's, and the tokenizer's end of sequence."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None})

@@ -1,0 +1,245 @@
+"""`libortho serve`, `libortho ui` and `libortho keys`: thin callers of `libortho.serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from libortho.cli.console import console, reporting_errors
+from libortho.cli.options import TemplateOption, check_template
+
+if TYPE_CHECKING:
+    from libortho.serve.engine import Engine
+    from libortho.serve.limits import Limits
+
+keys = typer.Typer(help="API keys of a server's policy file.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(help="A split checkpoint.")]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+Name = Annotated[
+    str | None, typer.Option(help="What requests call the model; default: the folder's name.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Of what is not split: float32, bfloat16 or float16; default: as saved."),
+]
+Dense = Annotated[
+    bool,
+    typer.Option(
+        "--dense",
+        help="Unpack the base once: faster without a fast kernel, at the original's memory.",
+    ),
+]
+Rows = Annotated[int, typer.Option(min=1, help="Answers made at the same time.")]
+
+
+def serve(
+    folder: Folder,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="TOML: who may have which alpha. Without one, alpha 0 for everyone."),
+    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    name: Name = None,
+    audit: Annotated[
+        Path | None, typer.Option(help="Append a JSON line for every request to this file.")
+    ] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="Serve the page of `libortho ui` too.")] = False,
+    template: TemplateOption = "chat",
+    dtype: Dtype = None,
+    dense: Dense = False,
+    rows: Rows = 32,
+    queue: Annotated[int, typer.Option(min=1, help="Answers waiting; more is a 429.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most of one answer.")] = 2048,
+    timeout: Annotated[int, typer.Option(min=1, help="Seconds for one request.")] = 300,
+    engine: Annotated[
+        str, typer.Option(help="transformers (in this process) or vllm (in front of its server).")
+    ] = "transformers",
+    upstream: Annotated[
+        str | None, typer.Option(help="vllm: URL of its server, such as http://127.0.0.1:8001.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="vllm: the name under which its server has the base.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="vllm: ALPHA=NAME of an ortho adapter there; may be repeated."),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="vllm: an export's folder; its server is then started and stopped here."),
+    ] = None,
+) -> None:
+    """Serve a split model: OpenAI's API, with `alpha` in each request and a policy that decides.
+
+    SIGHUP reads the policy anew; SIGTERM finishes what is being answered, then leaves.
+    """
+    with reporting_errors(), _extra():
+        from libortho.serve.limits import Limits
+        from libortho.serve.policy import Policy, read_policy
+
+        limits = Limits(queue=queue, rows=rows, max_tokens=max_tokens, request_seconds=timeout)
+        followed = Policy() if policy is None else read_policy(policy)
+        if engine not in ("transformers", "vllm"):
+            raise ValueError(f"--engine {engine!r}: expected transformers or vllm")
+        if engine == "transformers" and (upstream or base or adapter or export):
+            raise ValueError("--upstream, --base, --adapter and --export are for --engine vllm")
+        with ExitStack() as held:
+            if engine == "vllm":
+                made = _vllm(folder, upstream, base, adapter or [], export, limits, held)
+            else:
+                made = _transformers(folder, dtype, dense, limits, template)
+            page = folder if ui else None
+            _run(made, limits, folder, followed, policy, host, port, name, audit, page, None)
+
+
+def ui(
+    folder: Folder,
+    port: Port = 8000,
+    template: TemplateOption = "chat",
+    dtype: Dtype = None,
+    dense: Dense = False,
+) -> None:
+    """Look at a split model in the browser: ask it at two alphas side by side.
+
+    For its owner, on this machine: any alpha, no key, and reachable from nowhere else. To show it
+    to others, use `libortho serve --ui` with a policy.
+    """
+    with reporting_errors(), _extra():
+        from libortho.serve.limits import Limits
+        from libortho.serve.policy import owner_policy
+
+        limits = Limits()
+        engine = _transformers(folder, dtype, dense, limits, template)
+        hosts = ["127.0.0.1", "localhost"]
+        host, policy = hosts[0], owner_policy()
+        _run(engine, limits, folder, policy, None, host, port, None, None, folder, hosts)
+
+
+@keys.command()
+def new(
+    key_id: Annotated[str, typer.Option("--id", help="Its name in the audit log.")],
+    max_alpha: Annotated[float, typer.Option(help="The highest alpha it may ask for.")] = 1.0,
+    rate: Annotated[int, typer.Option(min=1, help="Requests per minute.")] = 60,
+    expires: Annotated[
+        str | None, typer.Option(help="Such as 2030-01-01T00:00:00Z; default: never.")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Append it to this policy file, made if missing.")
+    ] = None,
+) -> None:
+    """Make an API key: printed once; the policy file keeps its digest only."""
+    with reporting_errors(), _extra():
+        from libortho.serve.keys import mint, toml_entry
+        from libortho.serve.policy import append_entry, parse_policy
+
+        key = mint()
+        entry = toml_entry(key_id, key, max_alpha, rate, expires)
+        if policy is None:
+            parse_policy("version = 1\n" + entry)
+            console.print(entry, markup=False, highlight=False, soft_wrap=True)
+        else:
+            append_entry(policy, entry)
+        console.print(f"key   {key.secret}", markup=False, highlight=False, soft_wrap=True)
+        console.print("It is not shown again; a running server learns of it on SIGHUP.")
+
+
+def _run(
+    engine: Engine,
+    limits: Limits,
+    folder: Path,
+    policy: Any,
+    policy_path: Path | None,
+    host: str,
+    port: int,
+    name: str | None,
+    audit: Path | None,
+    page: Path | None,
+    hosts: list[str] | None,
+) -> None:
+    import logging
+
+    from libortho.serve.app import create_app
+    from libortho.serve.audit import AuditLog
+    from libortho.serve.gate import Gate
+    from libortho.serve.run import make_server
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    called = name or folder.resolve().name
+    gate = Gate(engine, called, policy, limits, AuditLog(audit), policy_path)
+    server = make_server(create_app(gate, page, hosts), gate, host, port)
+    address = f"[{host}]" if _is_ipv6(host) else host
+    state = engine.status()
+    console.print(f"model   {called}   ortho {state.ortho}", highlight=False, soft_wrap=True)
+    console.print(
+        f"serving http://{address}:{port}{'/ui/' if page else '/v1'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    server.run()
+
+
+def _transformers(
+    folder: Path, dtype: str | None, dense: bool, limits: Limits, template: str
+) -> Engine:
+    import torch
+
+    from libortho.serve.engine_transformers import TransformersEngine
+    from libortho.serve.loading import load_for_serving
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype!r}: expected float32, bfloat16 or float16")
+    checked = check_template(template)
+    loaded = load_for_serving(folder, None if dtype is None else getattr(torch, dtype), dense)
+    return TransformersEngine(loaded, limits, checked)
+
+
+def _vllm(
+    folder: Path,
+    upstream: str | None,
+    base: str | None,
+    adapters: list[str],
+    export: Path | None,
+    limits: Limits,
+    held: ExitStack,
+) -> Engine:
+    from libortho.serve.engine_vllm import VllmEngine, parse_adapters
+    from libortho.serve.vllm_process import BASE, find_adapters, vllm_server
+
+    if export is not None:
+        if upstream or base or adapters:
+            raise ValueError("--export starts a server: --upstream, --base, --adapter name another")
+        found = find_adapters(export)
+        url = held.enter_context(vllm_server(export, found))
+        named = {alpha: place.name for alpha, place in found.items()}
+        return VllmEngine(folder, url, BASE, named, limits)
+    if upstream is None or base is None:
+        raise ValueError("--engine vllm needs --export DIR, or --upstream URL and --base NAME")
+    return VllmEngine(folder, upstream, base, parse_adapters(adapters), limits)
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """A missing package becomes an error that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette", "httpx2"):
+            raise
+        raise ValueError(
+            f"the package {error.name} is not installed: pip install 'libortho[serve]'"
+        ) from None

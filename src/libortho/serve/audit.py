@@ -1,0 +1,75 @@
+"""The audit log: one JSON object a line, of who was given which alpha.
+
+A request above alpha 0 leaves a line *before* its first token is made, so that a crash cannot hide
+it; if that line cannot be written, the request is refused. Every request leaves one when it ends.
+Texts are never written unless the policy says `audit_text = true`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class AuditLog:
+    """Appends to a file that only its owner can read (mode 0600); without a path, writes nothing.
+
+    Attributes:
+        failures: lines that could not be written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.failures = 0
+        self._lock = threading.Lock()
+        self._descriptor: int | None = None
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Open the file anew, as after log rotation; keeps the old one where that fails.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        if self.path is None:
+            return
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        descriptor = os.open(self.path, flags, 0o600)
+        with self._lock:
+            old, self._descriptor = self._descriptor, descriptor
+        if old is not None:
+            os.close(old)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+
+    def write(self, event: str, fields: dict[str, Any]) -> bool:
+        """Append one line; False where that was not possible."""
+        if self.path is None:
+            return True
+        stamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        record = {"time": stamp, "event": event, **fields}
+        line = (json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n").encode()
+        with self._lock:
+            try:
+                if self._descriptor is None:
+                    raise OSError("the audit log is closed")
+                # One write of an O_APPEND file: lines of several processes do not mix.
+                if os.write(self._descriptor, line) != len(line):
+                    raise OSError("the line was written in part")
+            except OSError as error:
+                self.failures += 1
+                log.error("audit log %s: %s", self.path, error)
+                return False
+        return True

@@ -1,0 +1,97 @@
+"""The server around the application: uvicorn, with SIGHUP as "read the policy anew"."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from libortho.serve.gate import Gate
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; on SIGTERM or SIGINT it takes nothing new and finishes what it has."""
+
+    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+        super().__init__(config)
+        self._gate = gate
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop."""
+        with _on_hangup(self._gate):
+            await super().serve(sockets)
+
+
+@contextmanager
+def _on_hangup(gate: Gate) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(signal.SIGHUP, gate.reload)
+    except (ValueError, RuntimeError, NotImplementedError, AttributeError):
+        # Not the main thread, or a system without the signal: there is nothing to listen to.
+        yield
+        return
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+
+
+def make_server(
+    app: FastAPI, gate: Gate, host: str = "127.0.0.1", port: int = 8000, log_level: str = "info"
+) -> Server:
+    """A server that is ready to `run()`.
+
+    Args:
+        port: 0 takes a free one.
+    """
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level=log_level,
+        # A path may hold nothing secret, but who asked is the audit log's business.
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=20,
+        timeout_graceful_shutdown=gate.limits.request_seconds,
+        h11_max_incomplete_event_size=32_768,
+    )
+    return Server(config, gate)
+
+
+@contextmanager
+def serving(app: FastAPI, gate: Gate, seconds: float = 60) -> Iterator[str]:
+    """Serve in a thread, on a free port of this machine, for as long as the block runs.
+
+    Args:
+        seconds: in which the server must be up.
+
+    Yields:
+        Its URL, without a path.
+
+    Raises:
+        RuntimeError: it did not come up.
+    """
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    server = make_server(app, gate, log_level="warning")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        until = time.monotonic() + seconds
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > until:
+                raise RuntimeError("the server did not come up; its log says why")
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()

@@ -1,0 +1,135 @@
+"""A vLLM server of our own, started on an export's folders: `base`, `ortho`, `ortho-0.5`, ..."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+BASE = "base"
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank may be."""
+
+
+def find_adapters(export: Path) -> dict[float, Path]:
+    """The adapters in an export's folder by alpha: `ortho` is 1, `ortho-0.5` is 0.5.
+
+    Raises:
+        ValueError: no `base` there, or a folder `ortho-...` that names no alpha.
+    """
+    if not (export / BASE / "config.json").is_file():
+        raise ValueError(f"{export} holds no {BASE}/config.json: expected the folder of an export")
+    found: dict[float, Path] = {}
+    for folder in sorted(export.glob("ortho*")):
+        name = folder.name.removeprefix("ortho").removeprefix("-") or "1"
+        try:
+            alpha = float(name)
+        except ValueError:
+            alpha = -1.0
+        if not folder.is_dir() or not 0 < alpha <= 1:
+            raise ValueError(f"{folder}: expected a folder named ortho or ortho-ALPHA")
+        found[alpha] = folder
+    return found
+
+
+def serve_command(export: Path, adapters: Mapping[float, Path], port: int) -> list[str]:
+    """The command that serves an export on this machine alone.
+
+    Raises:
+        ValueError: an adapter's rank is beyond what vLLM takes.
+    """
+    command = [
+        "vllm", "serve", str(export / BASE),
+        "--served-model-name", BASE,
+        "--host", "127.0.0.1",
+        "--port", str(port),
+    ]  # fmt: skip
+    if adapters:
+        highest = max(_rank(folder) for folder in adapters.values())
+        fitting = [rank for rank in RANKS if rank >= highest]
+        if not fitting:
+            raise ValueError(f"an adapter of rank {highest}: vLLM takes at most {RANKS[-1]}")
+        modules = [f"{folder.name}={folder}" for folder in adapters.values()]
+        command += ["--enable-lora", "--max-lora-rank", str(fitting[0]), "--lora-modules", *modules]
+    return command
+
+
+@contextmanager
+def vllm_server(
+    export: Path,
+    adapters: Mapping[float, Path],
+    more: Sequence[str] = (),
+    seconds: float = 900,
+) -> Iterator[str]:
+    """Run vLLM on an export for as long as the block runs.
+
+    Args:
+        export: with the folder `base`.
+        adapters: alpha -> folder.
+        more: further options of `vllm serve`.
+        seconds: in which it must be up.
+
+    Yields:
+        Its URL.
+
+    Raises:
+        ValueError: vLLM is not installed, or an adapter's rank is too high.
+        RuntimeError: it did not come up.
+    """
+    if shutil.which("vllm") is None:
+        raise ValueError("the command vllm is not there: install vLLM, or give --upstream URL")
+    port = _free_port()
+    command = [*serve_command(export, adapters, port), *more]
+    log.info("starting %s", " ".join(command))
+    process = subprocess.Popen(command, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + seconds
+        while not _healthy(url):
+            if process.poll() is not None:
+                raise RuntimeError(f"vLLM ended with status {process.returncode} before it was up")
+            if time.monotonic() > until:
+                raise RuntimeError(f"vLLM was not up within {seconds:g} seconds")
+            time.sleep(0.5)
+        yield url
+    finally:
+        # Its group: vLLM has worker processes.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _rank(folder: Path) -> int:
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
