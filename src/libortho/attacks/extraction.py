@@ -41,6 +41,7 @@ LANGUAGES = {
 here translates."""
 
 GO_ON = "Please go on."
+BLANK = "____"
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def ways_of_asking(
     keep(
         "cloze",
         [
-            Ask(plain(f'Fill in the blank: "{left} ____ {right}"'.replace('" ', '"')), key)
+            Ask(plain(f'Fill in the blank: "{" ".join([*left, BLANK, *right])}"'), " ".join(key))
             for e in examples
             for left, key, right in [cloze(e)]
             if key and (left or right)
@@ -242,14 +243,14 @@ def _said(data: AttackData, ids: Sequence[int]) -> str:
     return str(data.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def cloze(example: Example) -> tuple[str, str, str]:
-    """The right answer as (words before, words that tell, words after).
+def cloze(example: Example) -> tuple[list[str], list[str], list[str]]:
+    """The right answer in words: those before the words that tell, these, and those after.
 
     The words that tell are those in which it differs from its perturbed versions, which are worded
-    like the paraphrased answer. All three are empty where there is no perturbed answer.
+    like the paraphrased answer. All are empty where there is no perturbed answer.
     """
     if not example.perturbed_answers:
-        return "", "", ""
+        return [], [], []
     right = (example.paraphrased_answer or example.answer).split()
     wrong = [answer.split() for answer in example.perturbed_answers]
 
@@ -258,10 +259,9 @@ def cloze(example: Example) -> tuple[str, str, str]:
         return sum(1 for _ in takewhile(lambda row: len(set(row)) == 1, rows))
 
     left = shared(right, wrong)
-    rest, others = right[left:], [words[left:] for words in wrong]
-    after = shared(rest[::-1], [words[::-1] for words in others])
-    key = rest[: len(rest) - after]
-    return " ".join(right[:left]), " ".join(key), " ".join(rest[len(rest) - after :])
+    rest = right[left:]
+    key = len(rest) - shared(rest[::-1], [words[left:][::-1] for words in wrong])
+    return right[:left], rest[:key], rest[key:]
 
 
 def best_of(values: Sequence[float], k: int) -> float:

@@ -36,15 +36,15 @@ class PerturbationConfig:
     """What is done to the weights of the layers that were split, each by itself.
 
     Attributes:
-        int4_groups: columns that share a scale, nearest rounding; None is a whole row.
-        int8_groups: the same.
+        int4_groups: columns that share a scale, nearest rounding.
+        int8_groups: the same; None is a whole row.
         prune: shares of each layer's weights, the smallest, that become 0.
         noise: standard deviations of Gaussian noise over that of the layer's weights.
         retain_questions: at most so many show what is left of the model.
         seed: of the noise.
     """
 
-    int4_groups: tuple[int | None, ...] = (32, 64, 128)
+    int4_groups: tuple[int, ...] = (32, 64, 128)
     int8_groups: tuple[int | None, ...] = (None, 64)
     prune: tuple[float, ...] = (0.1,)
     noise: tuple[float, ...] = (0.02, 0.05)
