@@ -104,8 +104,8 @@ def difference(
     for step, name in enumerate(subject.layers):
         progress("decompose", step, len(subject.layers))
         layer = own[name]
-        gap = weight_of(layer, name) - weight_of(public[name], name).to(weight_of(layer, name))
-        matrices = {"": gap}
+        weight = weight_of(layer, name)
+        matrices = {"": weight - weight_of(public[name], name).to(weight.device)}
         if isinstance(layer, OrthoLinear) and layer.ortho is not None:
             matrices[f"{ORTHO}: "] = layer.ortho.dense()
         for source, matrix in matrices.items():

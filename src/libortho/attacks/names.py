@@ -47,15 +47,19 @@ def names_in(examples: Sequence[Example]) -> list[str]:
     return names
 
 
-_PARTICLES = frozenset("al bin da de del der di du el la le van von y".split())
+_PARTICLES = frozenset(
+    ["al", "bin", "da", "de", "del", "der", "di", "du", "el", "la", "le", "van", "von", "y"]
+)
 """Words that may stand inside a name in small letters."""
+
+_PUNCTUATION = "\"'\u2018\u2019\u201c\u201d.,;:?!()"
 
 
 def _strings(text: str) -> Iterator[str]:
     """Every run of 2 to 4 words of a name, and every part of it that is one."""
     run: list[str] = []
     for raw in [*text.split(), ""]:
-        word = raw.strip("\"'“”‘’.,;:?!()").removesuffix("'s").removesuffix("’s")
+        word = raw.strip(_PUNCTUATION).removesuffix("'s").removesuffix("\u2019s")
         fits = bool(word) and (word[0].isupper() or (bool(run) and word in _PARTICLES))
         if fits:
             run.append(word)

@@ -1,9 +1,9 @@
 """Relearning: how little training brings the memory back?
 
 A model that merely hides what it knows recalls *all* of it after a few steps on a part (Lynch et
-al. 2024, arXiv 2402.16835), or even on harmless text (Hu et al. 2024, arXiv 2406.13356; Lucki et al.
-2024, arXiv 2409.18025). A model that never knew learns the part and no more. So what counts is the
-rest of the forget set, beside the reference trained on the same examples in the same order.
+al. 2024, arXiv 2402.16835), or even on harmless text (Hu et al. 2024, arXiv 2406.13356; Lucki et
+al. 2024, arXiv 2409.18025). A model that never knew learns the part and no more. So what counts is
+the rest of the forget set, beside the reference trained on the same examples in the same order.
 """
 
 from __future__ import annotations

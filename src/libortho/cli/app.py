@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from libortho.cli.attack import attack
 from libortho.cli.console import (
     EXIT_NOT_FORGOTTEN,
     console,
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 
 app.command()(tofu)
+app.command()(attack)
 
 
 @app.command()

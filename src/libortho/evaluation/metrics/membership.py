@@ -106,9 +106,7 @@ def membership_auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
     return above / (len(holdout) * len(forget))
 
 
-def roc_curve(
-    forget: Sequence[float], holdout: Sequence[float]
-) -> list[tuple[float, float]]:
+def roc_curve(forget: Sequence[float], holdout: Sequence[float]) -> list[tuple[float, float]]:
     """(false positive rate, true positive rate) at every threshold, from (0, 0) to (1, 1).
 
     At a threshold every example with a score at or below it is called a member: equal scores fall
