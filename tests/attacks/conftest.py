@@ -1,4 +1,4 @@
-"""A tiny model that has memorised a few answers, one that never saw some of them, and their data."""
+"""A tiny model that memorised a few answers, one that never saw some of them, and their data."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_the_response_is_that_of_the_matrix(data) -> None:
         seen = {}
         handles = [
             data.pretrained.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: seen.update({name: args[0][0, 1:].float()})
+                lambda _, args, name=name, seen=seen: seen.update({name: args[0][0, 1:].float()})
             )
             for name in matrices
         ]

@@ -70,5 +70,5 @@ def test_how_coarse_a_rate_is_is_said() -> None:
     assert score.details["coarseness"] == 0.25
     assert score.details["others_mistaken_at_most"] == 2
     assert score.details["null_sd"] == pytest.approx((255 / (12 * 4 * 250)) ** 0.5)
-    with pytest.raises(ValueError, match="fpr=1.5"):
+    with pytest.raises(ValueError, match=r"fpr=1\.5"):
         MembershipConfig(fpr=1.5)

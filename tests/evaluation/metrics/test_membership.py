@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -108,14 +109,12 @@ def test_the_area_under_the_curve_is_the_auc(forget, holdout) -> None:
     curve = roc_curve(forget, holdout)
     assert curve[0] == (0.0, 0.0)
     assert curve[-1] == (1.0, 1.0)
-    area = sum(
-        (x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in zip(curve, curve[1:], strict=False)
-    )
+    area = sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in pairwise(curve))
     assert area == pytest.approx(membership_auc(forget, holdout))
 
 
 def test_rates_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="fpr=-0.1"):
+    with pytest.raises(ValueError, match=r"fpr=-0\.1"):
         tpr_at_fpr([1.0], [2.0], -0.1)
     with pytest.raises(ValueError, match="expected at least 1 each"):
         tpr_at_fpr([], [2.0])
