@@ -240,7 +240,7 @@ def by_response(
 
             return hook
 
-        handles = [modules[n].register_forward_pre_hook(keep(n)) for n in layers]  # type: ignore[arg-type]
+        handles = [modules[n].register_forward_pre_hook(keep(n)) for n in layers]
         try:
             device = next(model.parameters()).device
             model.base_model(

@@ -52,8 +52,8 @@ class PerturbationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for group in self.int4_groups:
-            BaseConfig("int4", group_size=group)
+        for columns in self.int4_groups:
+            BaseConfig("int4", group_size=columns)
         for group in self.int8_groups:
             BaseConfig("int8", group_size=group)
         for share in self.prune:
