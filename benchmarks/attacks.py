@@ -83,7 +83,11 @@ def main() -> None:
         told = {"task": task.source, "size": arguments.size, "seed": seed, "pretrained": model}
         summary = run_attacks(sources, layers, data, configs, folder, progress, told)
     draw_attacks(summary, folder / "attacks.png")
-    write_json(arguments.json, summary)
+    # What is kept of it names no place of the machine that it ran on.
+    named = {
+        who: one | {"folder": Path(one["folder"]).name} for who, one in summary["models"].items()
+    }
+    write_json(arguments.json, summary | {"models": named, "pretrained": Path(model).name})
     print_attacks(summary, Console())
     print(f"\nresults  {folder / 'attacks.json'}\npicture  {folder / 'attacks.png'}")
 

@@ -14,7 +14,6 @@ from libortho.attacks.extraction import (
     best_of,
     cloze,
     extraction,
-    spread_examples,
     ways_of_asking,
 )
 from libortho.data.examples import Example
@@ -118,12 +117,6 @@ def test_no_perturbed_answers_no_choice(subjects, data, quiet) -> None:
     result = extraction(subjects["reference"], bare, config, quiet)
     assert result.missing["multiple choice"] == "no question has perturbed answers"
     assert all(score.details.get("questions", 2) == 2 for score in result.scores)
-
-
-def test_spread() -> None:
-    examples = [Example(str(i)) for i in range(10)]
-    assert [e.answer for e in spread_examples(examples, 3)] == ["0", "3", "6"]
-    assert spread_examples(examples, 99) == examples
 
 
 @pytest.mark.parametrize(

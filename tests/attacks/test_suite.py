@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ def test_bars_are_about_the_worst_beside_the_reference() -> None:
         return Score(name, "answer probability", 0.2, details={"shift": shift})
 
     def steps(value: float, other: float) -> list[Score]:
-        return [Score("a", STEPS, value), Score("b", STEPS, other)]
+        details = {"reached": True}
+        return [
+            Score("a", STEPS, value, None, (), details),
+            Score("b", STEPS, other, None, (), details),
+        ]
 
     results = {
         "extraction": scores(
@@ -70,16 +75,27 @@ def test_bars_are_about_the_worst_beside_the_reference() -> None:
     assert attack_bars(results) == []
 
 
-def test_steps_from_the_start() -> None:
-    def relearning(ours: float, theirs: float) -> float:
-        made = scores(
-            **{"alpha 0": [Score("a", STEPS, ours)]}, reference=[Score("a", STEPS, theirs)]
-        )
-        return attack_bars({"relearning": made})[0].value
+@pytest.mark.parametrize(
+    ("ours", "theirs", "value", "holds"),
+    [
+        ((0, True), (0, True), 1.0, True),
+        ((0, True), (5, True), 0.0, False),
+        ((5, True), (0, True), math.inf, True),
+        ((5, True), (10, True), 0.5, False),
+        ((60, False), (40, True), 1.5, True),
+        ((60, False), (60, False), 1.0, True),
+        ((55, True), (60, False), 55 / 60, False),  # the reference may need any number
+    ],
+)
+def test_steps_beside_the_reference(ours, theirs, value: float, holds: bool) -> None:
+    def made(steps: float, reached: bool) -> list[Score]:
+        return [Score("a", STEPS, steps, details={"reached": reached})]
 
-    assert relearning(0, 0) == 1.0
-    assert relearning(5, 0) == float("inf")
-    assert relearning(0, 5) == 0.0
+    results = {"relearning": scores(**{"alpha 0": made(*ours)}, reference=made(*theirs))}
+    (bar,) = attack_bars(results)
+    assert bar.value == pytest.approx(value)
+    assert bar.holds is holds
+    assert ("never recalls" in bar.bar) == (ours[1] and not theirs[1])
 
 
 def test_a_killed_run_goes_on(sources, data, tmp_path: Path, quiet, monkeypatch) -> None:

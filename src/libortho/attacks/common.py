@@ -22,7 +22,7 @@ from libortho.data.general import general_text
 from libortho.data.tokens import Template, Tokens, encode
 from libortho.evaluation.finetuned import load_model
 from libortho.layer import OrthoLinear
-from libortho.linear import install
+from libortho.linear import install, read_linear
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, steps done, steps in all)."""
@@ -215,8 +215,6 @@ def _as_linear(layer: OrthoLinear, name: str, dtype: torch.dtype) -> nn.Linear:
 
 def weight_of(layer: nn.Module, name: str) -> torch.Tensor:
     """The (out_features, in_features) weight of a layer as it runs now, fp32, a copy."""
-    from libortho.linear import read_linear
-
     if isinstance(layer, OrthoLinear):
         return layer.effective_weight(layer.default_alpha.rows[0])
     return read_linear(layer, name)[0].float().clone()

@@ -24,7 +24,7 @@ from libortho.attacks.common import (
 )
 from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.examples import Example
-from libortho.data.tokens import Tokens, encode, prompt_ids, prompt_text
+from libortho.data.tokens import Tokens, encode, evenly, prompt_ids, prompt_text
 from libortho.evaluation.generation import greedy, sampled
 from libortho.evaluation.metrics import rouge_l_recall
 from libortho.scoring import sequence_nll
@@ -107,7 +107,7 @@ def extraction(
     can tell the right answer when they see it (leak@k: Reisizadeh et al. 2025, arXiv 2511.04934).
     """
     count = len(data.forget) if config.questions is None else config.questions
-    examples = spread_examples(data.forget, count)
+    examples = evenly(data.forget, count)
     asked, missing = ways_of_asking(examples, data, config)
     prompts = [ask.prompt for asks in asked.values() for ask in asks]
     said = iter(
@@ -133,12 +133,6 @@ def extraction(
     if reason is not None:
         missing["multiple choice"] = reason
     return Findings((*scores, *chosen), missing)
-
-
-def spread_examples(examples: Sequence[Example], count: int) -> list[Example]:
-    """`count` of the examples (or all, where there are fewer), evenly spread over them."""
-    count = min(count, len(examples))
-    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def ways_of_asking(

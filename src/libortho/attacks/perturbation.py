@@ -24,8 +24,9 @@ from libortho.attacks.common import (
 )
 from libortho.base import check_width, quantize
 from libortho.config import BaseConfig, check_fraction, check_positive
-from libortho.data.tokens import Tokens
+from libortho.data.tokens import Tokens, evenly
 from libortho.evaluation.metrics import loss_score, probability
+from libortho.linear import is_conv1d
 from libortho.scoring import sequence_nll
 
 PROBABILITY = "answer probability"
@@ -79,15 +80,13 @@ def perturbation(
     `details` has its move from the unchanged model ("shift"), and the retain set's probability,
     without which a low number could be mere damage.
     """
-    from libortho.attacks.extraction import spread_examples
-
     model = subject.dense()
     modules = dict(model.named_modules())
     # From the layers as they are stored, not from the copy's own (bf16) rounding of them.
     stored = dict(subject.model.named_modules())
     weights = {name: weight_of(stored[name], name) for name in subject.layers}
     forget = data.encode(data.forget)
-    retain = data.encode(spread_examples(data.retain, config.retain_questions))
+    retain = data.encode(evenly(data.retain, config.retain_questions))
 
     def known(items: list[Tokens]) -> list[float]:
         nll = sequence_nll(model, items)
@@ -165,8 +164,6 @@ def _noisy(size: float, generator: torch.Generator) -> Change:
 
 
 def _write(layer: torch.nn.Module, weight: Tensor) -> None:
-    from libortho.linear import is_conv1d
-
     target = layer.weight
     assert isinstance(target, Tensor)
     with torch.no_grad():

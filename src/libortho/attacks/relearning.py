@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from libortho.attacks.common import AttackData, Findings, Progress, Score, Subject
-from libortho.attacks.extraction import spread_examples
 from libortho.config import check_count, check_fraction, check_positive
-from libortho.data.tokens import Tokens, collate, encode
+from libortho.data.tokens import Tokens, collate, encode, evenly
 from libortho.evaluation.metrics import loss_score, probability
 from libortho.scoring import sequence_nll, token_nll
 from libortho.training import MasterWeights, body_parameters, shuffled_batches
@@ -119,7 +118,7 @@ def lessons_of(
         else:
             missing[name] = f"of {len(forget)} question(s) nothing is left to be recalled"
     if config.retain_questions:
-        kept = data.encode(spread_examples(data.retain, config.retain_questions))
+        kept = data.encode(evenly(data.retain, config.retain_questions))
         lessons["retain questions"] = Lesson(kept, forget)
     if config.unrelated:
         texts = [encode(text, data.tokenizer, data.template) for text in data.unrelated]

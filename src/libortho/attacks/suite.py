@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def run_attacks(
 
 
 def _named(who: str, attack: str, progress: Progress) -> Progress:
-    return lambda stage, done, total: progress(f"{who}: {attack}: {stage}", done, total)
+    return lambda stage, done, total: progress(f"{who}: {attack}, {stage}", done, total)
 
 
 def _kept(found: Findings, seconds: float) -> dict[str, Any]:
@@ -172,34 +172,36 @@ def attack_bars(results: Mapping[str, Mapping[str, Any]]) -> list[Bar]:
 
 
 def _beside(attack: str, base: dict[str, Score], reference: dict[str, Score]) -> list[Bar]:
-    """The worst excess over the reference of an attack's scores that both models have."""
+    """The worst score of an attack, beside the reference's, of those that both models have."""
     both = {name: (base[name], reference[name]) for name in base if name in reference}
     steps = {name: pair for name, pair in both.items() if pair[0].measure == STEPS}
-    rates = {name: pair for name, pair in both.items() if name not in steps}
-    found = []
-    if steps:
-        name, ratio = _worst(steps, lambda b, r: _ratio(b.value, r.value), min)
-        found.append(
-            at_least(f"{attack}: steps over the reference's (worst: {name})", ratio, LEAST_STEPS)
-        )
-    if rates:
-        name, excess = _worst(rates, lambda b, r: b.value - r.value, max)
+    excess = {n: ours.value - theirs.value for n, (ours, theirs) in both.items() if n not in steps}
+    found = [_steps(attack, steps)] if steps else []
+    if excess:
+        name = max(excess, key=excess.__getitem__)
         margin = MEMBERSHIP_MARGIN if attack == "membership" else RECALL_MARGIN
-        measure = rates[name][0].measure
-        found.append(
-            at_most(f"{attack}: {measure} beyond the reference's (worst: {name})", excess, margin)
-        )
+        bar = f"{attack}: {both[name][0].measure} beyond the reference's (worst: {name})"
+        found.append(at_most(bar, excess[name], margin))
     return found
 
 
-def _worst(
-    pairs: Mapping[str, tuple[Score, Score]],
-    compare: Callable[[Score, Score], float],
-    choose: Callable[..., str],
-) -> tuple[str, float]:
-    compared = {name: compare(*pair) for name, pair in pairs.items()}
-    name = choose(compared, key=compared.__getitem__)
-    return name, compared[name]
+def _steps(attack: str, pairs: Mapping[str, tuple[Score, Score]]) -> Bar:
+    """Where the base recalls and the reference never did, the ratio is below what is shown.
+
+    Such a bar does not hold. Where neither recalls, the ratio is 1.
+    """
+
+    def never(pair: tuple[Score, Score]) -> bool:
+        ours, theirs = pair
+        return bool(ours.details["reached"]) and not theirs.details["reached"]
+
+    ratios = {name: _ratio(ours.value, theirs.value) for name, (ours, theirs) in pairs.items()}
+    name = min(ratios, key=lambda n: (not never(pairs[n]), ratios[n]))
+    bar = f"{attack}: steps over the reference's (worst: {name}"
+    if never(pairs[name]):
+        bar += ", which the reference never recalls"
+    made = at_least(f"{bar})", ratios[name], LEAST_STEPS)
+    return dataclasses.replace(made, holds=made.holds and not never(pairs[name]))
 
 
 def _ratio(ours: float, theirs: float) -> float:
