@@ -8,6 +8,7 @@ PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-versio
 
 .DEFAULT_GOAL := help
 .PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation bench-serving crosstalk schemathesis clean
+.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation attack clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +61,8 @@ crosstalk: dev   ## 5,000 requests at mixed alphas over 64 connections: no answe
 
 schemathesis: dev ## many more requests made from the OpenAPI document than the tests make
 	LIBORTHO_SCHEMATHESIS_EXAMPLES=500 $(BIN)/pytest tests/serve/test_openapi.py
+attack: dev      ## try to get back what the demo forgets, beside the retrained model
+	$(BIN)/python benchmarks/attacks.py --json benchmarks/results/attacks.json
 
 clean:           ## remove .venv and caches of this folder
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,7 +11,10 @@ from typing import Annotated
 
 import typer
 
-from libortho.cli.console import reporting_errors
+from libortho.cli.attack import attack
+from libortho.cli.console import (
+    reporting_errors,
+)
 from libortho.cli.options import (
     Base,
     Json,
@@ -42,6 +45,7 @@ app.command()(strip)
 app.command()(serve)
 app.command()(ui)
 app.add_typer(keys, name="keys")
+app.command()(attack)
 
 
 @app.command()
