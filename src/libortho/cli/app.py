@@ -14,6 +14,7 @@ from libortho.cli.console import (
     reporting_errors,
     write_json,
 )
+from libortho.cli.export import export
 from libortho.cli.options import (
     Base,
     Json,
@@ -37,6 +38,7 @@ app = typer.Typer(
 
 
 app.command()(tofu)
+app.command()(export)
 
 
 @app.command()

@@ -1,0 +1,85 @@
+"""`peft`: the base as an ordinary Hugging Face model, the ortho streams as a PEFT adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from libortho.alpha import ortho_layers
+from libortho.config import FactorDtype
+from libortho.export.adapters import check_alphas, empty_layers, write_adapters
+from libortho.export.plain import (
+    check_dtype,
+    conv1d_names,
+    plain_model,
+    save_plain,
+    storing_error,
+    weight_dtype,
+)
+from libortho.export.registry import ExportReport, register
+from libortho.layer import OrthoLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BASE = "base"
+"""Folder of the base model in an export that has adapters beside it."""
+
+SHIRA_NOTES = (
+    "the ortho stream is sparse, so the adapter is SHiRA: PEFT loads it and switches it on and off "
+    "for a whole batch, but adapter_names per row and vLLM are for LoRA only",
+)
+
+
+@dataclass(frozen=True)
+class PeftExport:
+    """A plain base model and one adapter per alpha.
+
+    Attributes:
+        alphas: of the adapters, in (0, 1]; none is the base alone.
+        dtype: of the base's weights; None is the dtype of the model's other weights.
+    """
+
+    alphas: tuple[float, ...] = (1.0,)
+    dtype: FactorDtype | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alphas", check_alphas(self.alphas))
+        check_dtype(self.dtype)
+
+
+def write_peft(
+    model: PreTrainedModel,
+    folder: Path,
+    config: PeftExport,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> ExportReport:
+    """Write `base/` and the adapters' folders."""
+    # The adapters first: what makes them impossible is found before gigabytes are written.
+    adapters, rank = write_adapters(model, folder, config.alphas, conv1d_names(model))
+    errors: list[float] = []
+    dtype = weight_dtype(model, config.dtype)
+
+    def weight(name: str, layer: OrthoLinear) -> Tensor:
+        exact = layer.base.dequantize(torch.float32)
+        stored = exact.to(dtype)
+        errors.append(storing_error(exact, stored))
+        return stored
+
+    save_plain(plain_model(model, weight, config.dtype), folder / BASE, tokenizer)
+    return ExportReport(
+        target="peft",
+        layers=len(ortho_layers(model)),
+        weight_error=max(errors),
+        adapters=adapters,
+        empty=empty_layers(model),
+        max_rank=rank,
+        notes=SHIRA_NOTES if adapters and rank is None else (),
+    )
+
+
+register("peft", PeftExport, write_peft)
