@@ -85,7 +85,7 @@ def write_compressed_tensors(
         )
     adapters, rank = write_adapters(model, folder, config.alphas, convolutions)
     scale_dtype = weight_dtype(model, config.dtype)
-    stored = plain_model(model, lambda name, layer: layer.base.qdata, config.dtype)
+    stored, _ = plain_model(model, lambda name, layer: layer.base.qdata, config.dtype)
     errors = [
         _replace(stored, name, layer, config.activations, scale_dtype)
         for name, layer in layers.items()

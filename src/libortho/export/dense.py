@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from libortho.alpha import ortho_layers
 from libortho.config import FactorDtype, check_fraction
-from libortho.export.plain import check_dtype, plain_model, save_plain, storing_error, weight_dtype
+from libortho.export.plain import check_dtype, plain_model, save_plain
 from libortho.export.registry import ExportReport, register
-from libortho.layer import OrthoLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,22 +39,15 @@ def write_dense(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> ExportReport:
     """Write the model files straight into `folder`."""
-
-    errors: list[float] = []
-    dtype = weight_dtype(model, config.dtype)
-
-    def weight(name: str, layer: OrthoLinear) -> Tensor:
-        exact = layer.effective_weight(config.alpha)
-        stored = exact.to(dtype)
-        errors.append(storing_error(exact, stored))
-        return stored
-
-    save_plain(plain_model(model, weight, config.dtype), folder, tokenizer)
+    plain, error = plain_model(
+        model, lambda name, layer: layer.effective_weight(config.alpha), config.dtype
+    )
+    save_plain(plain, folder, tokenizer)
     held = "" if config.alpha == 0 else f": the memory is in these files, at alpha {config.alpha:g}"
     return ExportReport(
         target="dense",
         layers=len(ortho_layers(model)),
-        weight_error=max(errors),
+        weight_error=error,
         notes=(f"one plain model, which has no switch{held}",),
     )
 

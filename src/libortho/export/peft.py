@@ -6,22 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from libortho.alpha import ortho_layers
 from libortho.config import FactorDtype
 from libortho.export.adapters import check_alphas, empty_layers, write_adapters
-from libortho.export.plain import (
-    check_dtype,
-    conv1d_names,
-    plain_model,
-    save_plain,
-    storing_error,
-    weight_dtype,
-)
+from libortho.export.plain import check_dtype, conv1d_names, plain_model, save_plain
 from libortho.export.registry import ExportReport, register
-from libortho.layer import OrthoLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,20 +50,12 @@ def write_peft(
     """Write `base/` and the adapters' folders."""
     # The adapters first: what makes them impossible is found before gigabytes are written.
     adapters, rank = write_adapters(model, folder, config.alphas, conv1d_names(model))
-    errors: list[float] = []
-    dtype = weight_dtype(model, config.dtype)
-
-    def weight(name: str, layer: OrthoLinear) -> Tensor:
-        exact = layer.base.dequantize(torch.float32)
-        stored = exact.to(dtype)
-        errors.append(storing_error(exact, stored))
-        return stored
-
-    save_plain(plain_model(model, weight, config.dtype), folder / BASE, tokenizer)
+    plain, error = plain_model(model, lambda name, layer: layer.base.dequantize(), config.dtype)
+    save_plain(plain, folder / BASE, tokenizer)
     return ExportReport(
         target="peft",
         layers=len(ortho_layers(model)),
-        weight_error=max(errors),
+        weight_error=error,
         adapters=adapters,
         empty=empty_layers(model),
         max_rank=rank,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Weight = Callable[[str, OrthoLinear], Tensor]
-"""(name, layer) -> the weight (out_features, in_features) that stands for it, as stored."""
+"""(name, layer) -> the weight (out_features, in_features) to stand for it: exact, or codes."""
 
 
 def check_dtype(dtype: FactorDtype | None) -> None:
@@ -39,7 +39,7 @@ def weight_dtype(model: PreTrainedModel, dtype: FactorDtype | None) -> torch.dty
 
 def plain_model(
     model: PreTrainedModel, weight: Weight, dtype: FactorDtype | None = None
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, float]:
     """A copy of a split model in which ordinary linear layers stand where split ones stood.
 
     Tensors that need no change are shared with `model`, which stays as it is.
@@ -50,6 +50,10 @@ def plain_model(
         dtype: of every parameter; None keeps what the model has, and gives the split layers the
             dtype of the others.
 
+    Returns:
+        The copy, and what rounding the split layers' weights to the dtype cost: the largest
+        `storing_error`.
+
     Raises:
         ValueError: a value is beyond the range of the dtype.
     """
@@ -58,9 +62,12 @@ def plain_model(
     # deepcopy takes what the memo holds for a copy that is made already: so tensors are shared, and
     # a split layer becomes a plain one under every name that it has.
     memo: dict[int, Any] = {}
+    error = 0.0
     for name, layer in ortho_layers(model).items():
-        made = _linear(layer, name, weight(name, layer), target, name in convolutions)
-        memo[id(layer)] = made
+        exact = weight(name, layer)
+        stored = _cast(exact, target, name)
+        error = max(error, storing_error(exact, stored))
+        memo[id(layer)] = _linear(layer, name, stored, target, name in convolutions)
     for name, parameter in model.named_parameters():
         memo[id(parameter)] = nn.Parameter(
             _cast(parameter.detach(), parameter.dtype if dtype is None else target, name),
@@ -76,7 +83,7 @@ def plain_model(
     head = plain.get_output_embeddings()
     if head is not None and head.weight is not plain.get_input_embeddings().weight:
         plain.config.tie_word_embeddings = False
-    return plain
+    return plain, error
 
 
 def conv1d_names(model: PreTrainedModel) -> frozenset[str]:
@@ -95,7 +102,6 @@ def _linear(
     layer: OrthoLinear, name: str, weight: Tensor, dtype: torch.dtype, convolution: bool
 ) -> nn.Module:
     bias = layer.bias
-    weight = _cast(weight, dtype, name)
     made: Any
     if convolution:
         from transformers.pytorch_utils import Conv1D
