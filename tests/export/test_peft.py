@@ -72,11 +72,11 @@ def test_one_alpha_per_row(split, tiny_llama, logits, load, tmp_path: Path) -> N
     model = split(tiny_llama())
     export_split(model, tmp_path / "out", PeftExport(alphas=(1.0, 0.5)))
     exported = with_adapters(
-        load(tmp_path / "out" / "base"), tmp_path / "out", full="ortho", half="ortho-0.5"
+        load(tmp_path / "out" / "base"), tmp_path / "out", full="ortho", mid="ortho-0.5"
     )
     ids = torch.tensor([[1, 9, 3, 41]] * 3)
     with torch.no_grad():
-        rows = exported(ids, adapter_names=["__base__", "full", "half"]).logits
+        rows = exported(ids, adapter_names=["__base__", "full", "mid"]).logits
         for row, alpha in zip(rows, (0.0, 1.0, 0.5), strict=True):
             for layer in ortho_layers(model).values():
                 layer.default_alpha = type(layer.default_alpha)((alpha,))
@@ -178,10 +178,10 @@ def test_shira(split, tiny_llama, logits, load, tmp_path: Path) -> None:
     assert report.max_rank is None
     assert report.empty == (list(ortho_layers(model))[1],)
     assert "SHiRA" in report.notes[0]
-    exported = with_adapters(load(out / "base"), out, full="ortho", half="ortho-0.5")
+    exported = with_adapters(load(out / "base"), out, full="ortho", mid="ortho-0.5")
     near = {"atol": 5e-5, "rtol": 1e-5}
     torch.testing.assert_close(logits(exported), logits(model, 1.0), **near)
-    exported.set_adapter("half")
+    exported.set_adapter("mid")
     torch.testing.assert_close(logits(exported), logits(model, 0.5), **near)
     with exported.disable_adapter():
         torch.testing.assert_close(logits(exported), logits(model, 0.0), **near)
