@@ -22,7 +22,7 @@ TARGETS = ("down_proj", "o_proj")
 
 
 def unpacked(words: Tensor) -> Tensor:
-    """int32 (rows, columns / 4) -> int8 (rows, columns): four bytes a word, low one first, less 128."""
+    """int32 (rows, columns / 4) -> int8 (rows, columns): four bytes a word, low first, less 128."""
     shifts = torch.tensor([0, 8, 16, 24])
     return (((words.unsqueeze(-1) >> shifts) & 255) - 128).flatten(-2).to(torch.int8)
 
