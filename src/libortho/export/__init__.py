@@ -11,6 +11,7 @@
 
 from libortho.export.compressed_tensors import CompressedTensorsExport
 from libortho.export.dense import DenseExport
+from libortho.export.gguf import GgufExport
 from libortho.export.peft import PeftExport
 from libortho.export.registry import TARGETS, ExportReport
 from libortho.export.run import export_split
@@ -20,6 +21,7 @@ __all__ = [
     "CompressedTensorsExport",
     "DenseExport",
     "ExportReport",
+    "GgufExport",
     "PeftExport",
     "export_split",
 ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from libortho import files
 from libortho._version import __version__
 from libortho.alpha import ortho_layers
 from libortho.checkpoint.atomic import check_writable, replacing
@@ -55,7 +55,8 @@ def export_split(
     check_new(out)
     with replacing(out) as partial:
         report = target.write(model, partial, config, tokenizer)
-        files.write_json(partial / REPORT, {"libortho": __version__, **report.to_dict()})
+        text = json.dumps({"libortho": __version__, **report.to_dict()}, indent=1)
+        (partial / REPORT).write_text(text + "\n", encoding="utf-8")
         check_new(out)
     return report
 
