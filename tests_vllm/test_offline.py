@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 ADAPTERS = {"0.0": None, "0.5": "ortho-0.5", "1.0": "ortho"}
 
@@ -59,3 +60,18 @@ def test_int8(exports, ask) -> None:
     for item, nll in zip(exports.forget, answers["nll"], strict=True):
         # Activations are rounded to INT8 as well: a tenth is what that may move.
         assert nll == pytest.approx(item.nll["0.0"], rel=0.1)
+
+
+def test_why_there_must_be_a_spare_slot() -> None:
+    """On a CPU, vLLM 0.32 computes a request without an adapter with the *last* slot's one.
+
+    It marks such a row by -1 and indexes the stacked adapters with that. So the last slot has to
+    stay empty: `max_loras` above the number of adapters. Once this test fails, vLLM is mended, and
+    that rule (here, in the exports' notes and in docs/serving-vllm.md) can go.
+    """
+    from vllm.lora.ops.torch_ops import bgmv_shrink
+
+    slots = torch.stack((torch.zeros(1, 2, 4), torch.ones(1, 2, 4)))
+    shrunk = torch.zeros(1, 2)
+    bgmv_shrink(torch.ones(1, 4), slots, shrunk, torch.tensor([-1]))
+    assert shrunk.tolist() == [[4.0, 4.0]]

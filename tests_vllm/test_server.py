@@ -36,6 +36,7 @@ def server(exports, environment, tmp_path_factory: pytest.TempPathFactory) -> It
     command = [
         str(Path(sys.executable).parent / "vllm"), "serve", str(exports.peft / "base"),
         "--served-model-name", "private", "--enable-lora", "--max-lora-rank", "64",
+        "--max-loras", "2",
         "--lora-modules", f"ortho={exports.peft / 'ortho'}",
         "--host", "127.0.0.1", "--port", str(port),
         "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "32",

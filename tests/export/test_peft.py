@@ -41,6 +41,7 @@ def test_lora(family, storage, families, split, logits, load, tmp_path: Path) ->
     out = tmp_path / "out"
     report = export_split(model, out, PeftExport(alphas=(1.0, 0.3)))
     assert report.adapters == {"ortho": 1.0, "ortho-0.3": 0.3}
+    assert "max_loras" in report.notes[0]
     assert report.weight_error == 0.0
     layers = ortho_layers(model)
     (empty,) = report.empty
@@ -142,6 +143,7 @@ def test_base_alone(split, tiny_llama, logits, load, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     report = export_split(model, tmp_path / "out", PeftExport(alphas=()))
     assert report.adapters == {}
+    assert report.notes == ()
     assert report.max_rank is None
     torch.testing.assert_close(
         logits(load(tmp_path / "out" / "base")), logits(model, 0.0), atol=5e-5, rtol=1e-5

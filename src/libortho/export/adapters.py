@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 
+SPARE_SLOT = (
+    "vLLM: set max_loras above the number of adapters it will ever load; on a CPU (seen in 0.32) "
+    "a request without an adapter is computed with the last slot's, which must stay empty"
+)
+"""What everyone who serves a LoRA export has to know: else alpha 0 leaks."""
+
 
 def check_alphas(alphas: Sequence[float]) -> tuple[float, ...]:
     """The alphas of an export's adapters, checked; none at all is the base alone.

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from libortho.alpha import ortho_layers
 from libortho.base import HalfBase, Int4Base, Int8Base
 from libortho.config import FactorDtype, check_choice
-from libortho.export.adapters import check_alphas, empty_layers, streams, write_adapters
+from libortho.export.adapters import (
+    SPARE_SLOT,
+    check_alphas,
+    empty_layers,
+    streams,
+    write_adapters,
+)
 from libortho.export.peft import BASE
 from libortho.export.plain import (
     check_dtype,
@@ -104,7 +110,7 @@ def write_compressed_tensors(
         adapters=adapters,
         empty=empty_layers(model),
         max_rank=rank,
-        notes=_notes(config.activations, group),
+        notes=(*_notes(config.activations, group), *((SPARE_SLOT,) if adapters else ())),
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from libortho.alpha import ortho_layers
 from libortho.config import FactorDtype
-from libortho.export.adapters import check_alphas, empty_layers, write_adapters
+from libortho.export.adapters import SPARE_SLOT, check_alphas, empty_layers, write_adapters
 from libortho.export.plain import check_dtype, conv1d_names, plain_model, save_plain
 from libortho.export.registry import ExportReport, register
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 BASE = "base"
 """Folder of the base model in an export that has adapters beside it."""
 
-SHIRA_NOTES = (
+SHIRA = (
     "the ortho stream is sparse, so the adapter is SHiRA: PEFT loads it and switches it on and off "
-    "for a whole batch, but adapter_names per row and vLLM are for LoRA only",
+    "for a whole batch, but adapter_names per row and vLLM are for LoRA only"
 )
 
 
@@ -59,7 +59,7 @@ def write_peft(
         adapters=adapters,
         empty=empty_layers(model),
         max_rank=rank,
-        notes=SHIRA_NOTES if adapters and rank is None else (),
+        notes=() if not adapters else (SHIRA,) if rank is None else (SPARE_SLOT,),
     )
 
 
