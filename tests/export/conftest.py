@@ -89,3 +89,31 @@ def load() -> Callable[[Path], Any]:
 def read_json() -> Callable[[Path], Any]:
     """`read_json(path)`."""
     return lambda path: json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    """A byte-level BPE tokenizer as SmolLM's, trained on a line of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=298,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(["where does the ferry leave she is in the red house"] * 5, trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return made

@@ -25,34 +25,6 @@ TEXTS = (
 )  # no digits: that reader does not split numbers
 
 
-@pytest.fixture(scope="module")
-def bpe():
-    """A byte-level BPE tokenizer as SmolLM's, trained on a line of text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 2,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(["where does the ferry leave she is in the red house"] * 5, trainer)
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    return made
-
-
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return {
         t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
@@ -201,7 +173,7 @@ def test_refusals(split, tiny_llama, families, tokenizer, bpe, tmp_path: Path) -
 
     refused(llama(), ValueError, "no tokenizer", by=None)
     refused(llama(), TypeError, "a WordLevel tokenizer", by=tokenizer)
-    refused(llama(vocab_size=290), ValueError, r"has token 297, and the model 290 tokens")
+    refused(llama(vocab_size=280), ValueError, "has token 290, and the model 280 tokens")
     refused(llama(hidden_act="gelu"), ValueError, "hidden_act='gelu': this export knows 'silu'")
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     refused(llama(rope_parameters=scaled), ValueError, "rope_type='linear'")
