@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -251,7 +252,8 @@ def _add(gguf: Any, writer: Any, name: str, exact: Tensor, storage: GgufStorage)
         raise ValueError(
             f"{name} has {columns} columns, and Q8_0 stores blocks of 32: use storage='f16'"
         )
-    data = gguf.quants.quantize(exact.contiguous().numpy(), kind)
+    with np.errstate(over="ignore"):  # found below, with the tensor's name
+        data = gguf.quants.quantize(exact.contiguous().numpy(), kind)
     stored = torch.from_numpy(gguf.quants.dequantize(data, kind).copy()).reshape(exact.shape)
     if not bool(torch.isfinite(stored).all()):
         raise ValueError(
