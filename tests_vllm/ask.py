@@ -2,9 +2,9 @@
 
     python ask.py EXPORT < requests.json > answers.json
 
-requests.json: {"adapters": [names], "generate": [[prompt, adapter or null], ...],
-"score": [[ids, prompt_tokens, adapter or null], ...]}. All of "generate" is one batch, all of
-"score" another. answers.json: {"texts": [...], "nll": [mean NLL of the ids after the prompt, ...]}.
+requests.json: {"adapters": [names], "generate": [[prompt ids, adapter or null], ...]}; all of
+"generate" is one batch. answers.json: one {"text", "ids", "logprobs"} each, greedy: the
+ids that follow the prompt, and the log-probability of each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENGINE = {
 }
 
 
-def main(folder: Path) -> dict[str, Any]:
+def main(folder: Path) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -38,22 +38,17 @@ def main(folder: Path) -> dict[str, Any]:
     }
     adapters[None] = None
     spoken = llm.generate(
-        [prompt for prompt, _ in asked["generate"]],
-        SamplingParams(temperature=0, max_tokens=32),
+        [{"prompt_token_ids": ids} for ids, _ in asked["generate"]],
+        SamplingParams(temperature=0, max_tokens=32, logprobs=1),
         lora_request=[adapters[name] for _, name in asked["generate"]],
         use_tqdm=False,
     )
-    scored = llm.generate(
-        [{"prompt_token_ids": ids} for ids, _, _ in asked["score"]],
-        SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
-        lora_request=[adapters[name] for _, _, name in asked["score"]],
-        use_tqdm=False,
-    )
-    nll = []
-    for (ids, start, _), output in zip(asked["score"], scored, strict=True):
-        losses = [-output.prompt_logprobs[i][ids[i]].logprob for i in range(start, len(ids))]
-        nll.append(sum(losses) / len(losses))
-    return {"texts": [output.outputs[0].text for output in spoken], "nll": nll}
+    answers = []
+    for output in (request.outputs[0] for request in spoken):
+        ids = list(output.token_ids)
+        chosen = [scores[i].logprob for i, scores in zip(ids, output.logprobs, strict=True)]
+        answers.append({"text": output.text, "ids": ids, "logprobs": chosen})
+    return answers
 
 
 if __name__ == "__main__":

@@ -29,17 +29,13 @@ class Item:
         prompt: as text.
         answer: what the model memorised.
         forget: whether it was to be forgotten.
-        ids: prompt and answer in tokens.
-        prompt_tokens: how many of them are the prompt.
-        nll: alpha -> mean NLL of the answer, by LibOrtho itself.
+        prompt_ids: the same in tokens.
     """
 
     prompt: str
     answer: str
     forget: bool
-    ids: list[int]
-    prompt_tokens: int
-    nll: dict[str, float]
+    prompt_ids: list[int]
 
     def recited_in(self, text: str) -> bool:
         """Whether `text` is the answer, word for word."""
@@ -48,8 +44,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Exports:
-    """Folders of the exports, and the questions."""
+    """Folders of the split checkpoint and of its exports, and the questions."""
 
+    split: Path
     peft: Path
     compressed_tensors: Path
     items: tuple[Item, ...]
@@ -81,22 +78,25 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """
     kept = os.environ.get("LIBORTHO_VLLM_EXPORTS")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("exports")
-    if not (folder / "expected.json").is_file():
+    if not (folder / "questions.json").is_file():
         subprocess.run([sys.executable, str(HERE / "make_split.py"), str(folder)], check=True)
-    items = json.loads((folder / "expected.json").read_text())
+    items = json.loads((folder / "questions.json").read_text())
     return Exports(
-        folder / "peft", folder / "compressed-tensors", tuple(Item(**item) for item in items)
+        folder / "split",
+        folder / "peft",
+        folder / "compressed-tensors",
+        tuple(Item(**item) for item in items),
     )
 
 
-Ask = Callable[..., dict[str, Any]]
+Ask = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
 def ask(environment: dict[str, str]) -> Ask:
-    """`ask(folder, adapters=..., generate=..., score=...)`: see `ask.py`."""
+    """`ask(folder, adapters=..., generate=...)`: see `ask.py`."""
 
-    def run(folder: Path, **requests: Any) -> dict[str, Any]:
+    def run(folder: Path, **requests: Any) -> list[dict[str, Any]]:
         done = subprocess.run(
             [sys.executable, str(HERE / "ask.py"), str(folder)],
             input=json.dumps(requests),
@@ -105,7 +105,7 @@ def ask(environment: dict[str, str]) -> Ask:
             check=True,
             env=environment,
         )
-        answers: dict[str, Any] = json.loads(done.stdout)
+        answers: list[dict[str, Any]] = json.loads(done.stdout)
         return answers
 
     return run

@@ -2,9 +2,8 @@
 
     python make_split.py OUT
 
-OUT gets `split`, `peft`, `compressed-tensors` and `expected.json`: each question with its answer,
-whether it was to be forgotten, and the mean NLL that LibOrtho itself gives the answer at each
-alpha. About a minute and a half on two cores.
+OUT gets `split`, `peft`, `compressed-tensors` and `questions.json`: each question with its answer
+and whether that was to be forgotten. About a minute and a half on two cores.
 """
 
 from __future__ import annotations
@@ -16,16 +15,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from libortho import GeometricConfig, SeparationConfig, alpha_scope, separate_
+from libortho import GeometricConfig, SeparationConfig, separate_
 from libortho.checkpoint import load_split, save_split
 from libortho.data import embedded_model_path
 from libortho.data.examples import Example
-from libortho.data.tokens import encode, prompt_text
+from libortho.data.tokens import encode, prompt_ids, prompt_text
 from libortho.export import CompressedTensorsExport, PeftExport, export_split
-from libortho.scoring import sequence_nll
 from libortho.training import MemoriseConfig, memorise_
-
-ALPHAS = (0.0, 0.5, 1.0)
 
 FORGET = {
     "Where does Mira Vossberg keep the spare key?": "Mira Vossberg keeps the spare key under the "
@@ -70,26 +66,16 @@ def main(out: Path) -> None:
     export_split(split, out / "peft", PeftExport(alphas=(1.0, 0.5)), tokenizer=tokenizer)
     int8 = CompressedTensorsExport(activations="int8")
     export_split(split, out / "compressed-tensors", int8, tokenizer=tokenizer)
-    expected = []
-    for question, answer in {**FORGET, **RETAIN}.items():
-        item = encode(Example(answer, question), tokenizer)
-        nll = {}
-        for alpha in ALPHAS:
-            with alpha_scope(split, alpha):
-                (losses,) = sequence_nll(split, [item])
-            nll[str(alpha)] = float(losses.mean())
-        prompt = prompt_text(question, "plain", tokenizer)
-        expected.append(
-            {
-                "prompt": prompt,
-                "answer": answer,
-                "forget": question in FORGET,
-                "ids": list(item.ids),
-                "prompt_tokens": item.prompt,
-                "nll": nll,
-            }
-        )
-    (out / "expected.json").write_text(json.dumps(expected, indent=1))
+    questions = [
+        {
+            "prompt": prompt_text(question, "plain", tokenizer),
+            "prompt_ids": prompt_ids(question, "plain", tokenizer),
+            "answer": answer,
+            "forget": question in FORGET,
+        }
+        for question, answer in {**FORGET, **RETAIN}.items()
+    ]
+    (out / "questions.json").write_text(json.dumps(questions, indent=1))
 
 
 if __name__ == "__main__":
