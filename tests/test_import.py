@@ -7,11 +7,21 @@ import sys
 
 import libortho
 
-HEAVY = ("transformers", "peft", "scipy", "matplotlib", "datasets", "vllm")
+HEAVY = (
+    "transformers",
+    "peft",
+    "compressed_tensors",
+    "gguf",
+    "scipy",
+    "matplotlib",
+    "datasets",
+    "vllm",
+)
 PROGRAM = f"""
 import sys
 import libortho
 import libortho.data
+import libortho.export
 print(sorted(set({HEAVY!r}) & set(sys.modules)))
 import torch
 print(torch.cuda.is_initialized())

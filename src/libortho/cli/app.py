@@ -15,6 +15,7 @@ from libortho.cli.attack import attack
 from libortho.cli.console import (
     reporting_errors,
 )
+from libortho.cli.export import export
 from libortho.cli.options import (
     Base,
     Json,
@@ -46,6 +47,7 @@ app.command()(serve)
 app.command()(ui)
 app.add_typer(keys, name="keys")
 app.command()(attack)
+app.command()(export)
 
 
 @app.command()

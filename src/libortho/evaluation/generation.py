@@ -31,9 +31,6 @@ def greedy(
             prompt if it is longer).
         progress: told (prompts done, prompts in all) after each batch.
     """
-<<<<<<< HEAD
-    ends = end_tokens(model, tokenizer)
-=======
     return _answers(model, tokenizer, prompts, max_new_tokens, None, tokens_per_batch, progress)
 
 
@@ -81,8 +78,7 @@ def _answers(
     tokens_per_batch: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[str]:
-    ends = _ends(model, tokenizer)
->>>>>>> attack
+    ends = end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, str] = {}
     while order:
