@@ -5,8 +5,8 @@
 `--split` is a split checkpoint, `--model` the model that it was made of (or any of the same size),
 which transformers loads in bf16 for comparison. Times and peaks are of `from_pretrained` alone, in
 a process of its own each, the two in turns; files are in the page cache. Exit status 1 if a bar is
-missed: the same logits, bit for bit; at most 1.02 x the tensors' bytes on disk; at most 1.5 x transformers'
-time; at most 1.3 x the checkpoint in memory.
+missed: the same logits, bit for bit; at most 1.02 x the tensors' bytes on disk; at most 1.5 x
+transformers' time; at most 1.3 x the checkpoint in memory.
 """
 
 from __future__ import annotations

@@ -190,10 +190,11 @@ def test_without_a_report_it_loads(copy: Path) -> None:
 
 
 def test_a_model_of_several_dtypes(split_model, assert_same_model, tmp_path: Path) -> None:
-    model = split_model().to(torch.bfloat16)
+    model = split_model("gemma").to(torch.bfloat16)
     for module in model.modules():
         if "RMSNorm" in type(module).__name__:
             module.float()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
     save_split(model, tmp_path / "m")
     assert_same_model(model, load_split(tmp_path / "m"))
 

@@ -239,7 +239,11 @@ def test_streams_on_disk_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be offloaded to disk"):
         AutoModelForCausalLM.from_pretrained(
             folder,
-            device_map={"model.embed_tokens": "cpu", "lm_head": "cpu", "model": "disk"},
+            device_map={
+                **dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu"),
+                "model.layers": "disk",
+                "lm_head": "cpu",
+            },
             offload_folder=tmp_path / "offload",
             offload_buffers=True,
         )

@@ -109,7 +109,8 @@ def save_split(
         config.save_pretrained(str(partial))
         if kinds:
             _write_ortho(partial, model, kinds, manifest)
-        _write_text(partial / REPORT, report_text(report))
+        if report.layers:
+            _write_text(partial / REPORT, report_text(report))
         _write_text(partial / CARD, card_text(config, report, base_model, forgotten))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))

@@ -1,4 +1,4 @@
-"""Split checkpoints in lm-evaluation-harness: `--model libortho --model_args pretrained=DIR,alpha=0`.
+"""Split checkpoints in lm-evaluation-harness: `--model libortho`, at one alpha.
 
 The harness (0.4.13) finds a model by name among those that are registered, and imports no other
 package to look for more. So this module is the harness's own command with one more model in it:
