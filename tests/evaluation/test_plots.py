@@ -95,13 +95,17 @@ def test_every_picture_is_drawn(summary) -> None:
         width, height = struct.unpack(">II", image[16:24])
         inches = picture.figure.get_size_inches()
         assert (width, height) == pytest.approx(inches * canvas.PNG_DPI, abs=1)
+        for legend in picture.figure.legends:  # nothing of it is cut off
+            box, whole = legend.get_window_extent(), picture.figure.bbox
+            assert whole.x0 <= box.x0
+            assert box.x1 <= whole.x1
 
 
 def test_every_model_is_on_the_plane(summary) -> None:
     plane = points(drawn(summary)["forgetting_against_utility"])
     assert plane == {
-        "geometric, alpha 0 (line: to 1)": ([0.48], [0.12]),
-        "saliency, alpha 0 (line: to 1)": ([0.40], [0.20]),
+        "geometric, alpha 0 to 1": ([0.48], [0.12]),
+        "saliency, alpha 0 to 1": ([0.40], [0.20]),
         "full model": ([0.50], [0.95]),
         "never saw them": ([0.49], [0.10]),
         "npo": ([0.30], [0.11]),

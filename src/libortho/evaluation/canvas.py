@@ -63,16 +63,23 @@ def canvas(x: str, y: str, width: float = 5.4, height: float = 3.6) -> tuple[Fig
     axes.spines[["top", "right"]].set_visible(False)
     for spine in axes.spines.values():
         spine.set_color(INK)
-    axes.tick_params(which="both", colors=INK, labelsize=9)
+    axes.tick_params(which="both", colors=INK, labelsize=10)
     axes.grid(axis="y", color=INK, alpha=0.12)
     axes.set_axisbelow(True)
-    axes.set_xlabel(x, color=INK, fontsize=9.5)
-    axes.set_ylabel(y, color=INK, fontsize=9.5)
+    axes.set_xlabel(x, color=INK, fontsize=10.5)
+    axes.set_ylabel(y, color=INK, fontsize=10.5)
     return figure, axes
 
 
 def legend(figure: Figure, columns: int) -> None:
     """Every labelled series, below the axes."""
     figure.legend(
-        frameon=False, fontsize=9, labelcolor=INK, loc="outside lower center", ncols=columns
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=INK,
+        columnspacing=1.2,
+        handlelength=1.6,
+        handletextpad=0.5,
     )

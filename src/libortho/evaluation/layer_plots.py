@@ -46,10 +46,10 @@ def forget_energy(
         axes.scatter(
             [x] * len(kept),
             [forget / retain for forget, retain in kept],
-            s=[max(6.0, _LARGEST * forget / most) for forget, _ in kept],
+            s=[max(10.0, _LARGEST * forget / most) for forget, _ in kept],
             color=colour,
             marker=marker,
-            alpha=0.55,
+            alpha=0.75,
             linewidths=0,
         )
     axes.set_yscale("log")

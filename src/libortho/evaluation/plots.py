@@ -31,6 +31,12 @@ REFERENCE = "never saw them"
 LEAST_P = 1e-20
 """Smaller p-values are drawn here."""
 
+LEAST_SPAN = 0.2
+"""Utility that an axis spans at least: a hundredth more or less should not fill the plot."""
+
+TOP = 6.0
+"""End of the axis of p-values: above 1, for a mark there to be whole."""
+
 _SPLITS = ((VERMILION, "o"), (ORANGE, "s"), (PURPLE, "D"), (SKY, "h"))
 _BASELINES = ("^", "X", "P", "v", "*", "d", "<", ">")
 
@@ -61,7 +67,7 @@ def forgetting_against_utility(rows: Rows, main: str, bounds: Limits) -> Picture
     measure = "model_utility" if "model_utility" in rows["full"] else "retain_probability"
     figure, axes = canvas(measure.replace("_", " "), "forget answer probability", height=4.6)
     _models(axes, rows, main, measure, "forget_probability")
-    caption = "Down is forgotten, right is useful."
+    caption = "Down is forgotten, right is useful. A split's large mark is alpha 0."
     if "reference" in rows:
         level = rows["reference"]["forget_probability"]
         axes.axhline(level, color=GREEN, ls="--", lw=1.2, zorder=1)
@@ -84,14 +90,15 @@ def quality_against_utility(rows: Rows, main: str, bounds: Limits) -> Picture | 
     _models(axes, rows, main, "model_utility", "forget_quality", least=LEAST_P)
     axes.set_yscale("log")
     axes.axhline(bounds.forget_quality, color=GREEN, ls="--", lw=1.2, zorder=1)
-    _goal(axes, rows["full"]["model_utility"] * bounds.kept, bounds.forget_quality, 2.0)
-    axes.set_ylim(top=2.0)
+    _goal(axes, rows["full"]["model_utility"] * bounds.kept, bounds.forget_quality, TOP)
+    axes.set_ylim(top=TOP)
     legend(figure, 3)
     return Picture(
         "quality_against_utility",
         "Forget quality against utility",
-        "Up is as if it had never been seen, right is useful. Below the dashed line a test tells "
-        "the model from one that never saw the forget set. In the green field both bars hold.",
+        "Up is as if it had never been seen, right is useful. A split's large mark is alpha 0. "
+        "Below the dashed line a test tells the model from one that never saw the forget set. In "
+        "the green field both bars hold.",
         figure,
     )
 
@@ -117,7 +124,7 @@ def _models(axes: Axes, rows: Rows, main: str, x: str, y: str, least: float = -m
         path = sorted(path, key=lambda step: step[0])
         xs, ys = zip(*(at(row) for _, row in path), strict=True)
         axes.plot(xs, ys, color=colour, lw=1.6, marker=marker, ms=4, zorder=3)
-        label = f"{method}, alpha {path[0][0]:g} (line: to {path[-1][0]:g})"
+        label = f"{method}, alpha {path[0][0]:g} to {path[-1][0]:g}"
         axes.plot(xs[0], ys[0], color=colour, marker=marker, ms=9, ls="none", label=label, zorder=4)
     shapes = iter(_BASELINES)
     for name, row in points.items():
@@ -130,6 +137,8 @@ def _models(axes: Axes, rows: Rows, main: str, x: str, y: str, least: float = -m
         ring = {"ms": 13, "mfc": "none", "mew": 2} if name == "reference" else {"ms": 7.5}
         axes.plot(*at(row), color=colour, marker=marker, ls="none", label=label, zorder=5, **ring)
     axes.margins(x=0.12)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left=min(left, right - LEAST_SPAN))
 
 
 def _goal(axes: Axes, left: float, low: float, high: float) -> None:
