@@ -137,8 +137,10 @@ def unharmed(snapshot):
 
         def check() -> None:
             after = snapshot(subject.model)
-            for key in ("modules", "flags", "grads"):
+            for key in ("modules", "grads"):
                 assert after[key] == before[key], key
+            # Not the number of hooks: transformers leaves its own where hidden states were asked.
+            assert not any(training for training, _ in after["flags"].values())
             for name, tensor in before["state"].items():
                 assert torch.equal(after["state"][name], tensor), name
 

@@ -45,7 +45,7 @@ def test_cross_validation_finds_what_is_there_and_nothing_else() -> None:
     secret = torch.randn(50)
     planted = [states.clone() for states in nothing]
     for states in planted:
-        states[0] += 2 * secret / secret.norm()
+        states[0] += 6 * secret / secret.norm()
         states -= states.mean(dim=0)
     assert sum(module._validated(planted, config)) / 60 > 0.9
 

@@ -71,7 +71,7 @@ def test_one_that_never_knew_learns_what_it_is_taught(
     assert [at for at, _ in curve] == [0, 3, 6, 8]
     assert steps.details["taught"] == 2
     assert steps.details["asked"] == 3
-    assert recall.value == curve[-1][1]
+    assert recall.value == max(p for _, p in curve)
     assert not steps.details["reached"]
     assert steps.value == 8.0
     lesson = module.lessons_of(data, config)[0]["40% of the forget set"]
@@ -81,18 +81,21 @@ def test_one_that_never_knew_learns_what_it_is_taught(
 
 
 def test_a_memory_that_merely_hides_comes_back(world, data, quiet) -> None:
-    """The full model, with its final norm turned down: nothing was taken out of it."""
+    """The full model, with its final norm turned down: nothing was taken out of it.
+
+    It is never taught the forget set.
+    """
     model = load_model(str(world.full))
     with torch.no_grad():
-        model.model.norm.weight.mul_(0.05)
+        model.model.norm.weight.mul_(0.3)
     subject = Subject("hides", model, ())
     config = dataclasses.replace(
-        CONFIG, shares=(), retain_questions=6, unrelated=False, steps=40, learning_rate=2e-2
+        CONFIG, shares=(), retain_questions=6, unrelated=False, steps=30, learning_rate=3e-3
     )
     found = relearning(subject, data, config, quiet)
-    assert found.scores[0].details["curve"][0][1] < 0.2
+    assert found.scores[0].details["curve"][0][1] < 0.4
     assert found.scores[0].details["reached"]
-    assert 0 < found.scores[0].value < 40
+    assert 0 < found.scores[0].value < 30
 
 
 def test_crossing() -> None:

@@ -16,7 +16,7 @@ from libortho.config import check_fraction
 from libortho.data.tokens import Tokens
 from libortho.evaluation.entries import ATTACKS
 from libortho.evaluation.metrics import loss_score, membership_auc, roc_curve, tpr_at_fpr
-from libortho.scoring import sequence_nll, token_statistics
+from libortho.scoring import token_statistics
 
 CALIBRATED = "calibrated by the pretrained model"
 
@@ -86,8 +86,8 @@ def membership(
 
 def _less_pretrained(own: list[float], items: list[Tokens], data: AttackData) -> list[float]:
     assert data.pretrained is not None
-    public = sequence_nll(data.pretrained, items)
-    return [a - loss_score(b.tolist()) for a, b in zip(own, public, strict=True)]
+    public = token_statistics(data.pretrained, items)
+    return [a - loss_score(s.nll.tolist()) for a, s in zip(own, public, strict=True)]
 
 
 def membership_score(

@@ -48,7 +48,7 @@ def names_in(examples: Sequence[Example]) -> list[str]:
 
 
 _PARTICLES = frozenset(
-    ["al", "bin", "da", "de", "del", "der", "di", "du", "el", "la", "le", "van", "von", "y"]
+    ["al", "bin", "da", "de", "del", "der", "di", "du", "el", "la", "le", "ter", "van", "von"]
 )
 """Words that may stand inside a name in small letters."""
 
@@ -60,7 +60,9 @@ def _strings(text: str) -> Iterator[str]:
     run: list[str] = []
     for raw in [*text.split(), ""]:
         word = raw.strip(_PUNCTUATION).removesuffix("'s").removesuffix("\u2019s")
-        fits = bool(word) and (word[0].isupper() or (bool(run) and word in _PARTICLES))
+        # "al-Kuwaiti" as well as "Al-Kuwaiti".
+        capital = any(part[:1].isupper() for part in word.split("-"))
+        fits = capital or (bool(run) and word in _PARTICLES)
         if fits:
             run.append(word)
         # Punctuation and a possessive end a run.

@@ -133,7 +133,8 @@ class _Choices:
         places = [len(item.ids) - 1 - ends for item in items]
         states = states_at(model, items, places)
         layers = states.shape[1] - 1
-        states = states[:, [round(depth * layers) for depth in depths]]
+        # The embedding of an answer's last token tells nothing: never layer 0.
+        states = states[:, [max(1, round(depth * layers)) for depth in depths]]
         parts = states.split([len(texts) for texts in answers]) if answers else ()
         return cls(depths, [(part - part.mean(dim=0)).transpose(0, 1) for part in parts])
 
@@ -163,6 +164,8 @@ def ridge_direction(questions: Sequence[Tensor], ridge: float) -> Tensor:
         y[0] = 1
         targets.append(y - y.mean())
     penalty = ridge * float(x.square().sum()) / x.shape[1]
+    if penalty == 0:  # answers that cannot be told apart at all
+        return torch.zeros(x.shape[1], dtype=torch.float64)
     # Through the smaller of the two Gram matrices.
     if x.shape[0] < x.shape[1]:
         gram = x @ x.T

@@ -22,7 +22,7 @@ from libortho.scoring import sequence_nll, token_nll
 from libortho.training import MasterWeights, body_parameters, shuffled_batches
 
 STEPS = "steps until the rest is recalled"
-RECALLED = "answer probability of the rest, at the end"
+RECALLED = "answer probability of the rest, at its highest"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Lesson:
 def relearning(
     subject: Subject, data: AttackData, config: RelearningConfig, progress: Progress
 ) -> Findings:
-    """For each text to train on: how soon the rest is recalled, and how much of it in the end.
+    """For each text to train on: how soon the rest is recalled, and how much of it at best.
 
     A model that knows the rest from the start is not trained: 0 steps. Steps between two looks are
     interpolated; where the threshold is not reached, the value is all steps and
@@ -97,7 +97,7 @@ def relearning(
         }
         steps = crossing(curve, config.threshold) if reached else float(config.steps)
         scores.append(Score(name, STEPS, steps, details=details))
-        scores.append(Score(f"{name}: recall of the rest", RECALLED, curve[-1][1]))
+        scores.append(Score(f"{name}: recall of the rest", RECALLED, max(p for _, p in curve)))
     return Findings(tuple(scores), missing)
 
 

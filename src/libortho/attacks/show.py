@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from libortho.attacks.relearning import STEPS
@@ -27,22 +28,22 @@ def print_attacks(summary: dict[str, Any], console: Console) -> None:
         table.add_column("what was tried")
         table.add_column("measure", style="dim")
         for who in models:
-            table.add_column(who, justify="right")
+            table.add_column(escape(who), justify="right")
         for name, measure, row in _rows(result):
-            table.add_row(name, measure, *(_text(row.get(who)) for who in models))
+            table.add_row(escape(name), measure, *(_text(row.get(who)) for who in models))
         if table.row_count:
             console.print(table)
     for check in summary["bars"]:
         mark = "[green]holds[/]      " if check["holds"] else "[bold red]falls short[/]"
         console.print(
-            f"{mark}  {check['bar']}: {check['value']:.4f} ({check['required']})",
+            f"{mark}  {escape(check['bar'])}: {check['value']:.4f} ({check['required']})",
             soft_wrap=True,
             highlight=False,
         )
     if not summary["bars"]:
         console.print("no bars: they need --reference, a model that never saw the forget set")
     for told in _reasons(summary):
-        console.print(f"[dim]not tried[/]  {told}", soft_wrap=True, highlight=False)
+        console.print(f"[dim]not tried[/]  {escape(told)}", soft_wrap=True, highlight=False)
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
