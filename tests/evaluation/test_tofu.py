@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from libortho import training
 from libortho.baselines.registry import baseline
 from libortho.baselines.tune import TuneConfig
 from libortho.checkpoint import load_split
@@ -151,6 +152,33 @@ def test_a_killed_job_goes_on_where_it_was(job: TofuJob, tmp_path: Path, monkeyp
         for measure, value in values.items():
             if measure not in ("seconds", "peak_memory"):
                 assert resumed["rows"][row][measure] == value, (row, measure)
+
+
+def test_a_killed_baseline_goes_on_where_it_was(job: TofuJob, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    # So small a rate that no epoch reaches the level: every one of them is run.
+    tuning = TuneConfig(learning_rate_factors=(1e-6,), max_epochs=3)
+    methods = {**job.methods, "npo": baseline("npo")}
+    job = dataclasses.replace(job, methods=methods, tuning=tuning, suite=SuiteConfig(quick=True))
+    whole = run_tofu(job, tmp_path / "whole")["rows"]["npo"]
+
+    def killed_in_epoch_three(stage: str, done: int, total: int) -> None:
+        if "epoch 3" in stage and stage.startswith("npo"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tofu(job, tmp_path / "run", killed_in_epoch_three)
+    states = tmp_path / "run" / "seed-0" / "npo" / "states"
+    assert [file.name for file in states.iterdir()] == ["run-1"]
+    stages: list[str] = []
+    resumed = run_tofu(job, tmp_path / "run", lambda stage, *_: stages.append(stage))
+    trained = [stage for stage in stages if "epoch" in stage]
+    assert trained
+    assert all("epoch 3" in stage for stage in trained)
+    assert not states.exists()
+    for measure, value in whole.items():
+        if measure not in ("seconds", "peak_memory"):
+            assert resumed["rows"]["npo"][measure] == value, measure
 
 
 def test_another_jobs_folder_is_refused(job: TofuJob, tmp_path: Path) -> None:
