@@ -45,6 +45,7 @@ def test_base_and_adapter(family, tied, families, split, logits, load, bpe, tmp_
     report = export_split(model, tmp_path / "out", GgufExport(storage="f32"), tokenizer=bpe)
     assert report.weight_error == 0.0
     assert report.adapters == {"ortho.gguf": 1.0}
+    assert "--no-cache-prompt" in report.notes[0]
     base = load(tmp_path / "out", gguf_file="base.gguf")
     near = {"atol": 5e-5, "rtol": 1e-5}
     torch.testing.assert_close(logits(base), logits(model, 0.0), **near)

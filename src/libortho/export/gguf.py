@@ -32,6 +32,13 @@ GgufStorage = Literal["f32", "f16", "bf16", "q8_0"]
 BASE_FILE = "base.gguf"
 ADAPTER_FILE = "ortho.gguf"
 
+PRIVATE_START = (
+    "llama.cpp: the adapter's scale is alpha; start the server with scale 0, and without reuse of "
+    "prompts (--no-cache-prompt): a request that names no scale can otherwise run on what one at "
+    "alpha 1 left in the cache"
+)
+"""What everyone who serves these files has to know: else alpha 0 leaks."""
+
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """transformers' model type -> llama.cpp's architecture."""
 
@@ -94,9 +101,7 @@ def write_gguf(
         adapters=adapters,
         empty=empty_layers(model),
         max_rank=rank,
-        notes=("the adapter's scale in llama.cpp is alpha: --lora-scaled, or `lora` in a request",)
-        if adapters
-        else (),
+        notes=(PRIVATE_START,) if adapters else (),
     )
 
 
