@@ -7,7 +7,7 @@ DEV    := $(VENV)/.installed-dev
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation clean
+.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation bench-checkpoint clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ bench-svd: dev ## the truncated SVD beside torch.linalg.svd
 
 bench-quantisation: dev ## what each way of storing the base costs (TEXT=a plain text file)
 	$(BIN)/python benchmarks/quantisation.py --text $(TEXT)
+
+bench-checkpoint: dev ## size, load time and memory of a split checkpoint (SPLIT=, MODEL=)
+	$(BIN)/python benchmarks/checkpoint.py --split $(SPLIT) --model $(MODEL)
 
 clean:           ## remove .venv and caches of this folder
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
