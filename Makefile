@@ -11,7 +11,7 @@ VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-p
 
 .DEFAULT_GOAL := help
 .PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation \
-        bench-serving crosstalk schemathesis attack test-vllm clean
+        bench-checkpoint bench-serving crosstalk schemathesis attack test-vllm clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ bench-svd: dev ## the truncated SVD beside torch.linalg.svd
 
 bench-quantisation: dev ## what each way of storing the base costs (TEXT=a plain text file)
 	$(BIN)/python benchmarks/quantisation.py --text $(TEXT)
+
+bench-checkpoint: dev ## size, load time and memory of a split checkpoint (SPLIT=, MODEL=)
+	$(BIN)/python benchmarks/checkpoint.py --split $(SPLIT) --model $(MODEL)
 
 bench-serving: dev ## requests a second beside plain transformers (SPLIT=a split, MODEL=its original)
 	$(BIN)/python benchmarks/serving.py $(SPLIT) --original $(MODEL)

@@ -69,7 +69,7 @@ def attack(
         from libortho.attacks.show import draw_attacks, print_attacks
         from libortho.attacks.suite import BASE, ORIGINAL, REFERENCE, Source, run_attacks
         from libortho.checkpoint import read_manifest
-        from libortho.checkpoint.manifest import ORTHO
+        from libortho.checkpoint.names import ORTHO
         from libortho.data.examples import read_jsonl
         from libortho.evaluation.finetuned import load_model, model_identity
         from libortho.evaluation.write import run_folder
