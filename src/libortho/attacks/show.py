@@ -13,10 +13,9 @@ from rich.table import Table
 
 from libortho.attacks.relearning import STEPS
 from libortho.attacks.suite import BASE, ORIGINAL, REFERENCE
-from libortho.evaluation.plots import FORGET, FULL, RETAIN
-from libortho.evaluation.plots import REFERENCE as GREEN
+from libortho.evaluation.canvas import BLUE, GREEN, GREY, VERMILION
 
-_STYLE = {BASE: (FORGET, "o"), REFERENCE: (GREEN, "D"), ORIGINAL: (FULL, "s")}
+_STYLE = {BASE: (VERMILION, "o"), REFERENCE: (GREEN, "D"), ORIGINAL: (GREY, "s")}
 _OTHERS = ("^", "v", "P", "X", "*")
 
 
@@ -134,7 +133,7 @@ def _dots(axes: Axes, rates: list[tuple[str, str, dict[str, Any]]], models: list
 
 def _style(who: str, models: list[str]) -> tuple[str, str]:
     others = [name for name in models if name not in _STYLE]
-    return _STYLE.get(who) or (RETAIN, _OTHERS[others.index(who) % len(_OTHERS)])
+    return _STYLE.get(who) or (BLUE, _OTHERS[others.index(who) % len(_OTHERS)])
 
 
 def _clean(axes: Axes, grid: Any) -> None:

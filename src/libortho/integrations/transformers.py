@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from libortho.checkpoint.manifest import QUANT_METHOD, Manifest, parse_manifest
@@ -32,14 +33,14 @@ from libortho.layer import OrthoLinear
 
 
 @register_quantization_config(QUANT_METHOD)
-class OrthoConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class OrthoConfig(QuantizationConfigMixin):
     """The `quantization_config` of a split checkpoint.
 
     Attributes:
         manifest: what it says, checked.
     """
 
-    quant_method = QUANT_METHOD
+    quant_method = QUANT_METHOD  # type: ignore[assignment]
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -63,7 +64,7 @@ class OrthoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(QUANT_METHOD)
-class OrthoQuantizer(HfQuantizer):  # type: ignore[misc]
+class OrthoQuantizer(HfQuantizer):
     """What transformers' loader asks of a format; for checkpoints only, it splits nothing."""
 
     quantization_config: OrthoConfig
@@ -179,5 +180,5 @@ def _refusing_splits(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
     return push
 
 
-PreTrainedModel.save_pretrained = _saving_splits_apart(PreTrainedModel.save_pretrained)
-PreTrainedModel.push_to_hub = _refusing_splits(PreTrainedModel.push_to_hub)
+setattr(PreTrainedModel, "save_pretrained", _saving_splits_apart(PreTrainedModel.save_pretrained))  # noqa: B010
+setattr(PreTrainedModel, "push_to_hub", _refusing_splits(PreTrainedModel.push_to_hub))  # noqa: B010
