@@ -292,9 +292,9 @@ def test_a_damaged_base_is_not_served(canary, tmp_path) -> None:
 
     folder = tmp_path / "split"
     shutil.copytree(canary, folder)
-    base = folder / "base.safetensors"
+    base = folder / "model.safetensors"
     base.write_bytes(base.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="split/base.safetensors"):
+    with pytest.raises(CheckpointError, match=r"split/model\.safetensors"):
         load_for_serving(folder)
 
 
@@ -372,7 +372,7 @@ def test_a_client_that_leaves_frees_its_row(serve, loaded, stream) -> None:
         )  # fmt: skip
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as raw:
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             raw.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
             wait_until(lambda: server.gate.engine.status().running == 1)
         wait_until(lambda: server.gate.engine.status().running == 0)
@@ -499,10 +499,15 @@ def test_the_command_reloads_on_hangup_and_finishes_streams_when_told_to_leave(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from libortho.cli import app; app()", "serve", str(canary), "--policy", str(policy),
-         "--port", str(port), "--audit", str(audit), "--name", "canary"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [
+            *(sys.executable, "-c", "from libortho.cli import app; app()", "serve", str(canary)),
+            *("--policy", str(policy), "--port", str(port), "--audit", str(audit)),
+            *("--name", "canary"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: _answers(f"{url}/readyz"), 240)
