@@ -95,6 +95,7 @@ def test_several_prompts_and_stop_strings(running, known) -> None:
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset)
     ids = [1, 5, 6]
     assert complete(client, ids).choices[0].text == complete(client, [ids]).choices[0].text
+    assert complete(client, ids, n=1.0, seed=3.0).choices, "JSON has one kind of number"
     words = known[prompts[0], 0.0].split()
     cut = complete(client, prompts[0], stop=[words[3]])
     assert cut.choices[0].text.split() == words[:3]
@@ -178,6 +179,9 @@ BAD = [
     ({"max_tokens": 3000}, 400, "invalid_value"),
     ({"max_tokens": 10**400}, 400, None),
     ({"n": 17}, 400, "invalid_value"),
+    ({"n": 1.5}, 400, "invalid_value"),
+    ({"n": True}, 400, "invalid_value"),
+    ({"n": "1"}, 400, "invalid_value"),
     ({"n": 4, "prompt": ["a"] * 5}, 400, "invalid_value"),
     ({"temperature": 3}, 400, "invalid_value"),
     ({"top_p": 0}, 400, "invalid_value"),
