@@ -80,17 +80,17 @@ inline F alpha_lanes(Alpha alpha, int64_t rows, int64_t block) {
 
 constexpr int64_t kRanksAtOnce = 8;
 
-// alpha * right x^T of one block: (rank, 16).
-template <class X, class V>
-void low_rank_block(const Ortho<V>& ortho, const X& x, int64_t in, int64_t block, F alpha,
-                    float* inner) {
-  for (int64_t r = 0; r < ortho.rank; r += kRanksAtOnce) {
-    const int64_t count = std::min(kRanksAtOnce, ortho.rank - r);
+// alpha * right x^T of one block: (rank, 16). `right` is (rank, in).
+template <class X>
+void low_rank_block(const float* right, int64_t rank, const X& x, int64_t in, int64_t block,
+                    F alpha, float* inner) {
+  for (int64_t r = 0; r < rank; r += kRanksAtOnce) {
+    const int64_t count = std::min(kRanksAtOnce, rank - r);
     F acc[kRanksAtOnce] = {};
     const auto add = [&](int64_t some) {
       for (int64_t k = 0; k < in; ++k) {
         const F column = x.column(block, k);
-        for (int64_t i = 0; i < some; ++i) acc[i] += column * number(ortho.right[(r + i) * in + k]);
+        for (int64_t i = 0; i < some; ++i) acc[i] += column * right[(r + i) * in + k];
       }
     };
     switch (count) {  // a count known at compile time keeps the sums in registers
@@ -108,24 +108,55 @@ void low_rank_block(const Ortho<V>& ortho, const X& x, int64_t in, int64_t block
   }
 }
 
-// alpha * ortho(x) of output n for B neighbouring blocks of rows.
+// Left times `inner` for output n and one block of rows.
+template <class V>
+inline F low_rank_lanes(const Ortho<V>& ortho, const float* inner, int64_t block, int64_t n) {
+  F result = {};
+  for (int64_t r = 0; r < ortho.rank; ++r) {
+    result += load<F>(inner + (block * ortho.rank + r) * kLanes) *
+              number(ortho.left[n * ortho.rank + r]);
+  }
+  return result;
+}
+
+// alpha * sparse(x) of output n for B neighbouring blocks of rows.
 template <int B, class X, class V>
-inline void ortho_blocks(const Ortho<V>& ortho, const X& x, const float* inner, const F* alpha,
-                         int64_t block, int64_t n, F* result) {
-  for (int b = 0; b < B; ++b) result[b] = F{};
-  if (ortho.kind == OrthoKind::kLowRank) {
-    for (int64_t r = 0; r < ortho.rank; ++r) {
-      const float left = number(ortho.left[n * ortho.rank + r]);
-      for (int b = 0; b < B; ++b) {
-        result[b] += load<F>(inner + ((block + b) * ortho.rank + r) * kLanes) * left;
+inline void sparse_lanes(const Ortho<V>& ortho, const X& x, const F* alpha, int64_t block,
+                         int64_t n, F* result) {
+  F acc[B] = {};
+  for (int32_t j = ortho.crow[n]; j < ortho.crow[n + 1]; ++j) {
+    const float value = number(ortho.values[j]);
+    for (int b = 0; b < B; ++b) acc[b] += x.column(block + b, ortho.col[j]) * value;
+  }
+  for (int b = 0; b < B; ++b) result[b] = acc[b] * alpha[block + b];
+}
+
+constexpr int64_t kBlocksAtOnce = 4;
+
+// alpha * ortho(x) of outputs [begin, end) for all blocks: (outputs, 16 * blocks). The outer loop
+// is over a few blocks, whose columns the cache then holds for all outputs.
+template <class X, class V>
+void ortho_rows(const Ortho<V>& ortho, const X& x, const float* inner, const F* alpha,
+                int64_t blocks, int64_t begin, int64_t end, float* to) {
+  for (int64_t block = 0; block < blocks; block += kBlocksAtOnce) {
+    const int64_t count = std::min(kBlocksAtOnce, blocks - block);
+    for (int64_t n = begin; n < end; ++n) {
+      F result[kBlocksAtOnce] = {};
+      if (ortho.kind == OrthoKind::kLowRank) {
+        for (int64_t b = 0; b < count; ++b) {
+          result[b] = low_rank_lanes(ortho, inner, block + b, n);
+        }
+      } else {
+        switch (count) {
+          case 1: sparse_lanes<1>(ortho, x, alpha, block, n, result); break;
+          case 2: sparse_lanes<2>(ortho, x, alpha, block, n, result); break;
+          case 3: sparse_lanes<3>(ortho, x, alpha, block, n, result); break;
+          default: sparse_lanes<4>(ortho, x, alpha, block, n, result);
+        }
       }
+      float* row = to + ((n - begin) * blocks + block) * kLanes;
+      std::memcpy(row, result, count * sizeof(F));
     }
-  } else if (ortho.kind == OrthoKind::kSparse) {
-    for (int32_t j = ortho.crow[n]; j < ortho.crow[n + 1]; ++j) {
-      const float value = number(ortho.values[j]);
-      for (int b = 0; b < B; ++b) result[b] += x.column(block + b, ortho.col[j]) * value;
-    }
-    for (int b = 0; b < B; ++b) result[b] *= alpha[block + b];
   }
 }
 
@@ -157,35 +188,23 @@ inline void store_square(const float* square, int64_t rows, int64_t outputs, int
   }
 }
 
-constexpr int64_t kBlocksAtOnce = 4;
-
 // y[:, begin .. end] += alpha * ortho(x).
 template <class X, class Y, class V>
 void add_ortho(const Ortho<V>& ortho, const X& x, const float* inner, const F* alpha, int64_t rows,
                int64_t out, int64_t begin, int64_t end, Y* y) {
   const int64_t blocks = up(rows, kLanes) / kLanes;
-  for (int64_t n0 = begin; n0 < end; n0 += kLanes) {
-    const int64_t outputs = std::min(kLanes, end - n0);
-    for (int64_t block = 0; block < blocks; block += kBlocksAtOnce) {
-      const int64_t count = std::min(kBlocksAtOnce, blocks - block);
-      alignas(64) float squares[kBlocksAtOnce][kLanes * kLanes];
-      for (int64_t n = 0; n < outputs; ++n) {
-        F result[kBlocksAtOnce];
-        switch (count) {
-          case 1: ortho_blocks<1>(ortho, x, inner, alpha, block, n0 + n, result); break;
-          case 2: ortho_blocks<2>(ortho, x, inner, alpha, block, n0 + n, result); break;
-          case 3: ortho_blocks<3>(ortho, x, inner, alpha, block, n0 + n, result); break;
-          default: ortho_blocks<4>(ortho, x, inner, alpha, block, n0 + n, result);
-        }
-        for (int64_t b = 0; b < count; ++b) {
-          std::memcpy(squares[b] + n * kLanes, &result[b], sizeof(F));
-        }
+  const Buffer<float> terms((end - begin) * blocks * kLanes);
+  ortho_rows(ortho, x, inner, alpha, blocks, begin, end, terms.get());
+  for (int64_t n = begin; n < end; n += kLanes) {
+    const int64_t outputs = std::min(kLanes, end - n);
+    for (int64_t block = 0; block < blocks; ++block) {
+      alignas(64) float square[kLanes * kLanes] = {};
+      for (int64_t i = 0; i < outputs; ++i) {
+        std::memcpy(square + i * kLanes,
+                    terms.get() + ((n - begin + i) * blocks + block) * kLanes, sizeof(F));
       }
-      for (int64_t b = 0; b < count; ++b) {
-        const int64_t row = (block + b) * kLanes;
-        store_square<true>(squares[b], std::min(kLanes, rows - row), outputs, out,
-                           y + row * out + n0);
-      }
+      const int64_t row = block * kLanes;
+      store_square<true>(square, std::min(kLanes, rows - row), outputs, out, y + row * out + n);
     }
   }
 }

@@ -147,9 +147,12 @@ void run_few(const Weight& w, const Ortho<V>& ortho, Alpha alpha, const X* bias,
 // alpha and, for low rank, alpha * right x^T of every block.
 template <class V>
 struct Prepared {
-  Prepared(const Ortho<V>& ortho, int64_t blocks)
+  Prepared(const Ortho<V>& ortho, int64_t blocks, int64_t in)
       : alpha(ortho.none() ? 0 : blocks),
-        inner(ortho.kind == OrthoKind::kLowRank ? blocks * ortho.rank * kLanes : 0) {}
+        inner(ortho.rank * blocks * kLanes),
+        right(ortho.rank * in) {
+    for (int64_t i = 0; i < ortho.rank * in; ++i) right[i] = number(ortho.right[i]);
+  }
 
   template <class Packed>
   void block(const Ortho<V>& ortho, const Packed& x, Alpha of, int64_t rows, int64_t in,
@@ -157,13 +160,13 @@ struct Prepared {
     if (ortho.none()) return;
     alpha[block] = alpha_lanes(of, rows, block);
     if (ortho.kind == OrthoKind::kLowRank) {
-      low_rank_block(ortho, x, in, block, alpha[block],
+      low_rank_block(right.get(), ortho.rank, x, in, block, alpha[block],
                      inner.get() + block * ortho.rank * kLanes);
     }
   }
 
   Buffer<F> alpha;
-  Buffer<float> inner;
+  Buffer<float> inner, right;
 };
 
 #ifdef LIBORTHO_TILES
@@ -173,7 +176,7 @@ void run_tiles(const Weight& w, const Ortho<V>& ortho, Alpha alpha, const BFloat
   const int64_t blocks = up(rows, kLanes) / kLanes, padded = up(w.in, kTileColumns);
   const Buffer<BFloat16> packed(blocks * kLanes * padded);
   const TileBlocks columns{packed.get(), padded};
-  const Prepared<V> prepared(ortho, blocks);
+  const Prepared<V> prepared(ortho, blocks, w.in);
   parallel(blocks, w.in * kLanes, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       pack_tiles(x, rows, w.in, block, packed.get());
@@ -181,8 +184,13 @@ void run_tiles(const Weight& w, const Ortho<V>& ortho, Alpha alpha, const BFloat
     }
   });
   parallel(up(w.out, kUnit) / kUnit, w.in * kUnit, [&](int64_t begin, int64_t end) {
-    tile_units(w, ortho, columns, prepared.inner.get(), prepared.alpha.get(), bias, rows, begin,
-               end, y);
+    const TileSession session;
+    for (int64_t row = 0; row < rows; row += kPanelRows) {
+      const int64_t block = row / kLanes;
+      tile_units(w, ortho, {packed.get() + row * padded, padded},
+                 prepared.inner.get() + block * ortho.rank * kLanes, prepared.alpha.get() + block,
+                 bias, std::min(kPanelRows, rows - row), begin, end, y + row * w.out);
+    }
   });
 }
 #endif
@@ -218,13 +226,13 @@ Tensor split_linear(Tensor x, Tensor qdata, Maybe scale, Maybe zero, Maybe bias,
       X* to = static_cast<X*>(y.mutable_data_ptr());
 #ifdef LIBORTHO_TILES
       if constexpr (std::is_same_v<X, BFloat16>) {
-        if (tiles && has_tiles()) {
+        if (tiles && has_tiles() && (w.groups == 1 || w.group() % kTileColumns == 0)) {
           run_tiles(w, parts, shared, added, data<X>(x), rows, to);
           return;
         }
       }
 #endif
-      require(!tiles, "libortho: no tiles here for this dtype");
+      require(!tiles, "libortho: no tiles for this");
       run_few(w, parts, shared, added, data<X>(x), rows, to);
     });
   });
@@ -245,7 +253,7 @@ void add_ortho_(Tensor y, Tensor x, std::vector<Tensor> ortho, Maybe alpha) {
       using X = decltype(number);
       const Buffer<float> packed(blocks * kLanes * in);
       const FloatBlocks columns{packed.get(), in};
-      const Prepared<V> prepared(parts, blocks);
+      const Prepared<V> prepared(parts, blocks, in);
       parallel(blocks, in * kLanes, [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           pack_floats(data<X>(x), rows, in, block, packed.get());

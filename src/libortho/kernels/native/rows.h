@@ -44,46 +44,70 @@ struct FewRows {
   Buffer<float> sums;  // int4: of each group, over 16, for the zero points
 };
 
+// Bytes that a row's reader asks memory for ahead: hardware stops at each page's end.
+constexpr int64_t kAhead = 2048;
+
+inline void ask_for(const void* at) {
+  __builtin_prefetch(static_cast<const char*>(at) + kAhead);
+}
+
 // acc[m] += w . x[m] over `count` columns in whole vectors; what is left goes into rest[m].
 template <int M, class Q>
 inline void dot(const Q* w, const float* x, int64_t stride, int64_t count, F* acc, float* rest) {
-  constexpr int kChains = M == 1 ? 4 : M == 2 ? 2 : 1;
-  F part[M * kChains] = {};
+  constexpr int kChains = M == 1 ? 4 : 2;
+  F part[kChains][M] = {};
   int64_t k = 0;
   for (; k + kChains * kLanes <= count; k += kChains * kLanes) {
+    ask_for(w + k);
     for (int chain = 0; chain < kChains; ++chain) {
       const F weight = widen(w + k + chain * kLanes);
       for (int m = 0; m < M; ++m) {
-        part[m * kChains + chain] += weight * load<F>(x + m * stride + k + chain * kLanes);
+        part[chain][m] += weight * load<F>(x + m * stride + k + chain * kLanes);
       }
     }
   }
   for (; k + kLanes <= count; k += kLanes) {
     const F weight = widen(w + k);
-    for (int m = 0; m < M; ++m) part[m * kChains] += weight * load<F>(x + m * stride + k);
+    for (int m = 0; m < M; ++m) part[0][m] += weight * load<F>(x + m * stride + k);
   }
   for (int m = 0; m < M; ++m) {
-    for (int chain = 0; chain < kChains; ++chain) acc[m] += part[m * kChains + chain];
+    for (int chain = 0; chain < kChains; ++chain) acc[m] += part[chain][m];
   }
   for (; k < count; ++k) {
     for (int m = 0; m < M; ++m) rest[m] += number(w[k]) * x[m * stride + k];
   }
 }
 
-// The same for packed codes 0..15; count is a multiple of 32 and x is split into even and odd.
+// acc[m] += scale * (codes . x[m]) over one group of packed codes 0..15; `count` columns, a
+// multiple of 32, and x split into even and odd.
 template <int M>
-inline void dot4(const uint8_t* w, const float* x, int64_t stride, int64_t count, F* acc) {
+inline void dot4(const uint8_t* w, const float* x, int64_t stride, int64_t count, float scale,
+                 F* acc) {
   const F table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   F even[M] = {}, odd[M] = {};
   for (int64_t k = 0; k < count; k += 2 * kLanes) {
-    const U codes = __builtin_convertvector(load<U8>(w + k / 2), U);
+    const U codes = integers(w + k / 2);
     const F low = choose(table, codes), high = choose(table, codes >> 4);
     for (int m = 0; m < M; ++m) {
       even[m] += low * load<F>(x + m * stride + k);
       odd[m] += high * load<F>(x + m * stride + k + kLanes);
     }
   }
-  for (int m = 0; m < M; ++m) acc[m] += even[m] + odd[m];
+  for (int m = 0; m < M; ++m) acc[m] += (even[m] + odd[m]) * scale;
+}
+
+// What the zero points of one output take away: sum over groups of scale * zero * sums.
+inline float zero_part(const BFloat16* scale, const uint8_t* zero, const float* sums,
+                       int64_t groups) {
+  F acc = {};
+  float rest = 0;
+  int64_t g = 0;
+  for (; g + kLanes <= groups; g += kLanes) {
+    acc += __builtin_convertvector(std::bit_cast<I>(integers(zero + g)), F) * widen(scale + g) *
+           load<F>(sums + g);
+  }
+  for (; g < groups; ++g) rest += number(scale[g]) * zero[g] * sums[g];
+  return sum(acc) + rest;
 }
 
 // One row of a CSR matrix times one row of x.
@@ -117,33 +141,55 @@ inline F sparse_dot(const int32_t* col, const V* values, int64_t count, const fl
 #endif
 }
 
-// base(x) of outputs `n` for M rows, before the lanes are added up.
+// int4: groups of `count` columns, which is Group unless that is 0.
+template <int M, int Group>
+inline void groups4(const Weight& w, const float* x, int64_t n, int64_t count, F* total) {
+  constexpr int64_t kSome = 64;
+  const int64_t size = Group == 0 ? count : Group;
+  const uint8_t* from = static_cast<const uint8_t*>(w.qdata) + n * w.in / 2;
+  for (int64_t first = 0; first < w.groups; first += kSome) {
+    const int64_t some = std::min(kSome, w.groups - first);
+    alignas(64) float scales[kSome];  // widened together: one by one costs as much as a group
+    for (int64_t g = 0; g < some; ++g) scales[g] = number(w.scale4[n * w.groups + first + g]);
+    for (int64_t g = 0; g < some; ++g) {
+      const int64_t at = (first + g) * size;
+      ask_for(from + at / 2);
+      dot4<M>(from + at / 2, x + at, w.in, size, scales[g], total);
+    }
+  }
+}
+
+// base(x) of output n for M rows: the sum of `total`'s lanes, and `rest`.
 template <int M>
 inline void base_dots(const Weight& w, const FewRows& x, int64_t row, int64_t n, F* total,
                       float* rest) {
   const int64_t group = w.group();
-  const float* from = (w.storage == Storage::kInt4 ? x.split : x.plain).get() + row * x.in;
-  for (int64_t g = 0; g < w.groups; ++g) {
-    F acc[M] = {};
-    float left[M] = {};
-    float scale = 1;
-    const int64_t start = g * group;
-    if (w.storage == Storage::kInt8) {
-      dot<M>(static_cast<const int8_t*>(w.qdata) + n * w.in + start, from + start, x.in, group,
-             acc, left);
-      scale = w.scale8[n * w.groups + g];
-    } else if (w.storage == Storage::kInt4) {
-      dot4<M>(static_cast<const uint8_t*>(w.qdata) + (n * w.in + start) / 2, from + start, x.in,
-              group, acc);
-      scale = number(w.scale4[n * w.groups + g]);
-      const float zero = w.zero[n * w.groups + g];
-      for (int m = 0; m < M; ++m) left[m] = -zero * x.sums[(row + m) * w.groups + g];
-    } else {
-      dot<M>(static_cast<const Half*>(w.qdata) + n * w.in, from, x.in, w.in, acc, left);
+  const float* from = x.plain.get() + row * x.in;
+  if (w.storage == Storage::kFp16) {
+    dot<M>(static_cast<const Half*>(w.qdata) + n * w.in, from, x.in, w.in, total, rest);
+  } else if (w.storage == Storage::kInt8) {
+    const int8_t* codes = static_cast<const int8_t*>(w.qdata) + n * w.in;
+    for (int64_t g = 0; g < w.groups; ++g) {
+      F acc[M] = {};
+      float left[M] = {};
+      dot<M>(codes + g * group, from + g * group, x.in, group, acc, left);
+      const float scale = w.scale8[n * w.groups + g];
+      for (int m = 0; m < M; ++m) {
+        total[m] += acc[m] * scale;
+        rest[m] += left[m] * scale;
+      }
     }
+  } else {
+    from = x.split.get() + row * x.in;
+    switch (group) {
+      case 64: groups4<M, 64>(w, from, n, group, total); break;
+      case 128: groups4<M, 128>(w, from, n, group, total); break;
+      default: groups4<M, 0>(w, from, n, group, total);
+    }
+    const int64_t at = n * w.groups;
     for (int m = 0; m < M; ++m) {
-      total[m] += acc[m] * scale;
-      rest[m] += left[m] * scale;
+      rest[m] -= zero_part(w.scale4 + at, w.zero + at, x.sums.get() + (row + m) * w.groups,
+                           w.groups);
     }
   }
 }

@@ -20,6 +20,7 @@ constexpr int64_t kTile = kTileRows * kTileColumns;  // bf16 numbers
 constexpr int64_t kUnit = 2 * kTileRows;             // outputs that one thread takes at a time
 constexpr int64_t kPanelColumns = 512;
 constexpr int64_t kPanelUnits = 4;
+constexpr int64_t kPanelRows = 256;  // of x, so that sums and x's part of a panel stay in the cache
 
 // The kernel lets a process use tile registers only after it has asked.
 inline bool tiles_permitted() {
@@ -51,64 +52,59 @@ inline void store_pairs(uint16_t* to, __m512 low, __m512 high) {
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-// What one row of W is in columns [k, k + 32), scaled unless the whole row has one scale.
-inline void widen_row(const Weight& w, int64_t n, int64_t k, uint16_t* to) {
-  const int64_t group = w.group();
-  if (w.storage == Storage::kFp16) {
-    const Half* from = static_cast<const Half*>(w.qdata) + n * w.in + k;
-    store_pairs(to, (__m512)widen(from), (__m512)widen(from + kLanes));
-  } else if (w.storage == Storage::kInt8) {
-    const int8_t* from = static_cast<const int8_t*>(w.qdata) + n * w.in + k;
-    F low = widen(from), high = widen(from + kLanes);
-    if (w.groups > 1) {
-      low *= w.scale8[n * w.groups + k / group];
-      high *= w.scale8[n * w.groups + (k + kLanes) / group];
+// One row of int8 or fp16 over columns [k0, k1), which are whole tiles; times `scale` if kScaled.
+template <bool kScaled, class Q>
+inline void widen_row(const Q* from, float scale, int64_t k0, int64_t k1, int64_t step,
+                      uint16_t* to) {
+  for (int64_t k = k0; k < k1; k += kTileColumns, to += step) {
+    _mm_prefetch(reinterpret_cast<const char*>(from + k + kPanelColumns), _MM_HINT_T0);
+    F low = widen(from + k), high = widen(from + k + kLanes);
+    if (kScaled) {
+      low *= scale;
+      high *= scale;
     }
     store_pairs(to, (__m512)low, (__m512)high);
   }
 }
 
-// The sixteen values of an int4 group as bf16, in the low and in the high half of each lane.
-struct Int4Table {
-  __m512i low, high;
-
-  Int4Table(const Weight& w, int64_t n, int64_t g) {
-    const F codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const float zero = w.zero[n * w.groups + g] / 16.0f;
-    const F values = (codes - zero) * number(w.scale4[n * w.groups + g]);
-    low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)values));
-    high = _mm512_slli_epi32(low, 16);
-  }
-};
-
-inline void widen_int4(const Int4Table& table, const uint8_t* from, uint16_t* to) {
-  const __m512i codes = _mm512_cvtepu8_epi32(load<__m128i>(from));
-  const __m512i even = _mm512_permutexvar_epi32(codes, table.low);
-  const __m512i odd = _mm512_permutexvar_epi32(_mm512_srli_epi32(codes, 4), table.high);
-  _mm512_storeu_si512(to, _mm512_or_si512(even, odd));
-}
-
-// Columns that do not fill a tile, one by one; zeros after them.
-inline void widen_tail(const Weight& w, int64_t n, int64_t k, uint16_t* to) {
-  for (int64_t column = 0; column < kTileColumns; ++column) {
-    float value = 0;
-    const int64_t at = n * w.in + k + column;
-    if (k + column < w.in) {
-      if (w.storage == Storage::kFp16) {
-        value = number(static_cast<const Half*>(w.qdata)[at]);
-      } else {
-        value = static_cast<const int8_t*>(w.qdata)[at];
-        if (w.groups > 1) value *= w.scale8[n * w.groups + (k + column) / w.group()];
-      }
-    }
-    to[column] = round_bf16(value).bits;
+// Packed codes of one int4 group. A table of the group's sixteen values, already bf16, stands in
+// the low and in the high half of each lane; a byte's two codes choose one from each.
+inline void widen_row4(const uint8_t* from, float scale, float zero, int64_t k0, int64_t k1,
+                       int64_t step, uint16_t* to) {
+  const F codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const F values = (codes - zero / 16) * scale;
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)values));
+  const __m512i high = _mm512_slli_epi32(low, 16);
+  _mm_prefetch(reinterpret_cast<const char*>(from + (k0 + kPanelColumns) / 2), _MM_HINT_T0);
+  for (int64_t k = k0; k < k1; k += kTileColumns, to += step) {
+    const __m512i pairs = _mm512_cvtepu8_epi32(load<__m128i>(from + k / 2));
+    const __m512i even = _mm512_permutexvar_epi32(pairs, low);
+    const __m512i odd = _mm512_permutexvar_epi32(_mm512_srli_epi32(pairs, 4), high);
+    _mm512_storeu_si512(to, _mm512_or_si512(even, odd));
   }
 }
 
-// Outputs [n0, n0 + 16) x columns [k0, k1) as tiles, each (16, 32), `step` numbers apart.
+// The columns after the last whole tile, one by one, and zeros after them.
+template <class Q>
+inline void widen_tail(const Q* from, int64_t count, uint16_t* to) {
+  for (int64_t k = 0; k < kTileColumns; ++k) {
+    to[k] = round_bf16(k < count ? number(from[k]) : 0.0f).bits;
+  }
+}
+
+template <class Q>
+inline void widen_plain(const Q* from, int64_t in, int64_t k0, int64_t k1, int64_t step,
+                        uint16_t* to) {
+  const int64_t whole = std::min(k1, in / kTileColumns * kTileColumns);
+  widen_row<false>(from, 1, k0, whole, step, to);
+  if (whole < k1) widen_tail(from + whole, in - whole, to + (whole - k0) / kTileColumns * step);
+}
+
+// Outputs [n0, n0 + 16) x columns [k0, k1) as tiles, each (16, 32), `step` numbers apart. Rows of
+// int8 with one scale keep it for the end. Groups are multiples of 32 columns.
 inline void widen_tiles(const Weight& w, int64_t n0, int64_t k0, int64_t k1, int64_t step,
                         uint16_t* panel) {
-  const int64_t bytes = w.storage == Storage::kFp16 ? 2 : 1;
+  const int64_t group = w.group();
   for (int64_t row = 0; row < kTileRows; ++row) {
     const int64_t n = n0 + row;
     uint16_t* to = panel + row * kTileColumns;
@@ -116,24 +112,23 @@ inline void widen_tiles(const Weight& w, int64_t n0, int64_t k0, int64_t k1, int
       for (int64_t k = k0; k < k1; k += kTileColumns, to += step) {
         std::memset(to, 0, kTileColumns * 2);
       }
-    } else if (w.storage == Storage::kInt4) {
-      const uint8_t* from = static_cast<const uint8_t*>(w.qdata) + n * w.in / 2;
-      const int64_t group = w.group();
-      for (int64_t k = k0; k < k1;) {
-        const int64_t g = k / group, end = std::min(k1, (g + 1) * group);
-        const Int4Table table(w, n, g);
-        _mm_prefetch(reinterpret_cast<const char*>(from + k1 / 2 + (k - k0) / 2), _MM_HINT_T0);
-        for (; k < end; k += kTileColumns, to += step) widen_int4(table, from + k / 2, to);
-      }
+    } else if (w.storage == Storage::kFp16) {
+      widen_plain(static_cast<const Half*>(w.qdata) + n * w.in, w.in, k0, k1, step, to);
+    } else if (w.groups == 1 && w.storage == Storage::kInt8) {
+      widen_plain(static_cast<const int8_t*>(w.qdata) + n * w.in, w.in, k0, k1, step, to);
     } else {
-      const char* from = static_cast<const char*>(w.qdata) + n * w.in * bytes;
-      for (int64_t k = k0; k < k1; k += kTileColumns, to += step) {
-        _mm_prefetch(from + (k1 + k - k0) * bytes, _MM_HINT_T0);
-        if (k + kTileColumns <= w.in) {
-          widen_row(w, n, k, to);
+      int64_t g = k0 / group;
+      for (int64_t k = k0; k < k1; ++g) {
+        const int64_t end = std::min(k1, (g + 1) * group), at = n * w.groups + g;
+        if (w.storage == Storage::kInt8) {
+          widen_row<true>(static_cast<const int8_t*>(w.qdata) + n * w.in, w.scale8[at], k, end,
+                          step, to);
         } else {
-          widen_tail(w, n, k, to);
+          widen_row4(static_cast<const uint8_t*>(w.qdata) + n * w.in / 2, number(w.scale4[at]),
+                     w.zero[at], k, end, step, to);
         }
+        to += (end - k) / kTileColumns * step;
+        k = end;
       }
     }
   }
@@ -181,50 +176,40 @@ inline void multiply(const uint16_t* panel, const BFloat16* x0, const BFloat16* 
 
 // Scale, ortho stream and bias of 16 outputs; then into y.
 template <class V>
-void finish(const Weight& w, const Ortho<V>& ortho, const TileBlocks& x, const float* inner,
-            const F* alpha, const BFloat16* bias, int64_t rows, int64_t n0, int64_t stride,
-            const float* sums, BFloat16* y) {
-  const int64_t blocks = stride / kLanes, outputs = std::min(kTileRows, w.out - n0);
+void finish(const Weight& w, const Ortho<V>& ortho, const float* inner, const float* sparse,
+            const BFloat16* bias, int64_t rows, int64_t n0, const float* sums, BFloat16* y) {
+  const int64_t blocks = up(rows, kLanes) / kLanes, outputs = std::min(kTileRows, w.out - n0);
   const bool row_scale = w.storage == Storage::kInt8 && w.groups == 1;
-  for (int64_t block = 0; block < blocks; block += kBlocksAtOnce) {
-    const int64_t count = std::min(kBlocksAtOnce, blocks - block);
-    alignas(64) float squares[kBlocksAtOnce][kLanes * kLanes];
+  for (int64_t block = 0; block < blocks; ++block) {
+    alignas(64) float square[kLanes * kLanes];
     for (int64_t n = 0; n < outputs; ++n) {
-      F result[kBlocksAtOnce] = {};
-      if (!ortho.none()) {
-        switch (count) {
-          case 1: ortho_blocks<1>(ortho, x, inner, alpha, block, n0 + n, result); break;
-          case 2: ortho_blocks<2>(ortho, x, inner, alpha, block, n0 + n, result); break;
-          case 3: ortho_blocks<3>(ortho, x, inner, alpha, block, n0 + n, result); break;
-          default: ortho_blocks<4>(ortho, x, inner, alpha, block, n0 + n, result);
-        }
-      }
-      const float scale = row_scale ? w.scale8[n0 + n] : 1.0f;
-      const float added = bias == nullptr ? 0.0f : number(bias[n0 + n]);
-      for (int64_t b = 0; b < count; ++b) {
-        const F base = load<F>(sums + n * stride + (block + b) * kLanes);
-        const F value = base * scale + result[b] + added;
-        std::memcpy(squares[b] + n * kLanes, &value, sizeof(F));
-      }
+      const int64_t at = (n * blocks + block) * kLanes;
+      F value = load<F>(sums + at);
+      if (row_scale) value *= w.scale8[n0 + n];
+      if (ortho.kind == OrthoKind::kLowRank) value += low_rank_lanes(ortho, inner, block, n0 + n);
+      if (ortho.kind == OrthoKind::kSparse) value += load<F>(sparse + at);
+      if (bias != nullptr) value += number(bias[n0 + n]);
+      std::memcpy(square + n * kLanes, &value, sizeof(F));
     }
-    for (int64_t b = 0; b < count; ++b) {
-      const int64_t row = (block + b) * kLanes;
-      store_square<false>(squares[b], std::min(kLanes, rows - row), outputs, w.out,
-                          y + row * w.out + n0);
-    }
+    const int64_t row = block * kLanes;
+    store_square<false>(square, std::min(kLanes, rows - row), outputs, w.out,
+                        y + row * w.out + n0);
   }
 }
 
-// Units [begin, end) of 32 outputs, every row.
+// Units [begin, end) of 32 outputs, for a panel of at most kPanelRows rows.
 template <class V>
 void tile_units(const Weight& w, const Ortho<V>& ortho, const TileBlocks& x, const float* inner,
                 const F* alpha, const BFloat16* bias, int64_t rows, int64_t begin, int64_t end,
                 BFloat16* y) {
-  const TileSession session;
   const int64_t stride = up(rows, kLanes), blocks = stride / kLanes;
   const int64_t at_once = blocks <= 2 ? 1 : kPanelUnits;
-  Buffer<uint16_t> panel(at_once * kUnit * kPanelColumns);
-  Buffer<float> sums(at_once * kUnit * stride);
+  const bool sparse = ortho.kind == OrthoKind::kSparse;
+  const int64_t first = begin * kUnit, last = std::min(w.out, end * kUnit);
+  const Buffer<float> terms(sparse ? (last - first) * stride : 0);
+  if (sparse) ortho_rows(ortho, x, inner, alpha, blocks, first, last, terms.get());
+  const Buffer<uint16_t> panel(at_once * kUnit * kPanelColumns);
+  const Buffer<float> sums(at_once * kUnit * stride);
   for (int64_t unit = begin; unit < end; unit += at_once) {
     const int64_t units = std::min(at_once, end - unit);
     for (int64_t k0 = 0; k0 < x.padded; k0 += kPanelColumns) {
@@ -248,10 +233,9 @@ void tile_units(const Weight& w, const Ortho<V>& ortho, const TileBlocks& x, con
         }
       }
     }
-    for (int64_t n = 0; n < units * kUnit; n += kTileRows) {
-      if (unit * kUnit + n >= w.out) break;
-      finish(w, ortho, x, inner, alpha, bias, rows, unit * kUnit + n, stride,
-             sums.get() + n * stride, y);
+    for (int64_t n = unit * kUnit; n < std::min(last, (unit + units) * kUnit); n += kTileRows) {
+      finish(w, ortho, inner, terms.get() + (sparse ? (n - first) * stride : 0), bias, rows, n,
+             sums.get() + (n - unit * kUnit) * stride, y);
     }
   }
 }
