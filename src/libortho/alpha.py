@@ -12,6 +12,7 @@ Two ways to set it, and nothing global:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,28 +44,31 @@ class Alpha:
         """True where no row uses the ortho stream, which is then not computed at all."""
         return not any(self.rows)
 
-    def scale(self, output: Tensor) -> Tensor:
-        """`alpha * output`, row by row.
+    def tensor(self, batch: Tensor) -> Tensor:
+        """The values as (n,), as kernels take them: fp32, or fp64 for a `batch` in fp64.
 
         Args:
-            output: (batch, ..., out_features). With several values, batch must be a multiple of
-                their number: consecutive rows then share a value, which is how `generate` repeats
-                a row for its beams and how models that flatten (batch, length) lay rows out.
+            batch: (batch, ..., features). With several values, batch must be a multiple of their
+                number: consecutive rows then share a value, which is how `generate` repeats a row
+                for its beams and how models that flatten (batch, length) lay rows out.
 
         Raises:
             ValueError: the number of rows is not such a multiple.
         """
-        if len(self.rows) == 1:
-            value = self.rows[0]
-            return output if value == 1.0 else output * value
-        if output.dim() < 2 or output.shape[0] % len(self.rows):
+        if len(self.rows) > 1 and (batch.dim() < 2 or batch.shape[0] % len(self.rows)):
             raise ValueError(
                 f"alpha has {len(self.rows)} values, one per row, but the batch is of shape "
-                f"{tuple(output.shape)}: its first dimension must be a multiple of that number"
+                f"{tuple(batch.shape)}: its first dimension must be a multiple of that number"
             )
-        values = torch.tensor(self.rows, dtype=output.dtype, device=output.device)
-        values = values.repeat_interleave(output.shape[0] // len(self.rows))
-        return output * values.reshape(-1, *[1] * (output.dim() - 1))
+        dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
+        return _values(self.rows, dtype, batch.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _values(rows: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept for later calls, some of which may want gradients: not an inference tensor.
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=dtype, device=device)
 
 
 ZERO = Alpha((0.0,))

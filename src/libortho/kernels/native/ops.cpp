@@ -272,7 +272,7 @@ void add_ortho_(Tensor y, Tensor x, std::vector<Tensor> ortho, Maybe alpha) {
 }  // namespace
 }  // namespace libortho
 
-STABLE_TORCH_LIBRARY(libortho, library) {
+STABLE_TORCH_LIBRARY(libortho_native, library) {
   library.def(
       "split_linear(Tensor x, Tensor qdata, Tensor? scale, Tensor? zero, Tensor? bias, "
       "Tensor[] ortho, Tensor? alpha, bool tiles) -> Tensor");
@@ -280,11 +280,11 @@ STABLE_TORCH_LIBRARY(libortho, library) {
   library.def("has_tiles() -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(libortho, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(libortho_native, CPU, library) {
   library.impl("split_linear", TORCH_BOX(&libortho::split_linear));
   library.impl("add_ortho_", TORCH_BOX(&libortho::add_ortho_));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(libortho, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(libortho_native, CompositeExplicitAutograd, library) {
   library.impl("has_tiles", TORCH_BOX(&libortho::has_tiles));
 }
