@@ -74,8 +74,8 @@ def make(
     parts = make_ortho(ortho, shape, size, draw)
     values = None
     if parts:
-        values = torch.rand(rows, generator=draw) if alpha == "rows" else torch.tensor(
-            [float(alpha)]
+        values = (
+            torch.rand(rows, generator=draw) if alpha == "rows" else torch.tensor([float(alpha)])
         )
     added = torch.randn(out_features, generator=draw) if bias else None
     return Operands(qdata, scale, zero, added, parts, values)

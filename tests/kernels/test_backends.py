@@ -81,9 +81,7 @@ def test_both_native_paths_at_any_number_of_rows(rows: int, tiles: bool) -> None
                 x, operands.qdata, operands.scale, operands.zero, None, operands.ortho,
                 operands.alpha, tiles,
             )  # fmt: skip
-            torch.testing.assert_close(
-                y.double(), cases.exact(operands, x), atol=3e-2, rtol=1e-2
-            )
+            torch.testing.assert_close(y.double(), cases.exact(operands, x), atol=3e-2, rtol=1e-2)
 
 
 def test_leading_dimensions_and_strides(backend: str) -> None:
@@ -191,9 +189,7 @@ def test_a_layer_is_its_dense_matrix(alpha, sparse: bool) -> None:
 
     operands = cases.make("int8", "sparse" if sparse else "low_rank", "1", 3, 64, 41, bias=True)
     base = Int8Base(operands.qdata, operands.scale)
-    ortho = (
-        SparseOrtho(*operands.ortho, base.shape) if sparse else LowRankOrtho(*operands.ortho)
-    )
+    ortho = SparseOrtho(*operands.ortho, base.shape) if sparse else LowRankOrtho(*operands.ortho)
     layer = OrthoLinear.from_streams(base, ortho, operands.bias)
     x = torch.randn(3, 5, 64)
     with alpha_scope(layer, alpha), torch.no_grad():

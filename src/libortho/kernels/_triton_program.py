@@ -1,4 +1,4 @@
-"""The Triton program behind `kernels.triton`; a module of its own because importing it needs Triton.
+"""The Triton program behind `kernels.triton`; apart from it because importing it needs Triton.
 
 Names in capitals are compile-time constants, as Triton has it.
 """
@@ -39,12 +39,13 @@ def split_linear(
     rows, out_features, in_features, groups, group, share,
     STORAGE: tl.constexpr, KIND: tl.constexpr, RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROW_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + alpha * x O^T + bias for one tile.
 
     x (rows, in_features), y (rows, out_features), contiguous. The ortho tensors are left and right
-    (KIND 1), or crow, col and values (KIND 2). `share` rows of x share a value of alpha.
+    (KIND 1), or crow, col and values (KIND 2). `share` rows of x share a value of alpha. WIDE has
+    half-precision numbers multiplied as fp32, which changes no product.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -65,11 +66,13 @@ def split_linear(
             q_ptr, scale_ptr, zero_ptr, n, k, n_ok, k_ok, in_features, groups, group,
             STORAGE, ROW_SCALE, dtype,
         )  # fmt: skip
+        if WIDE:
+            x, w = x.to(tl.float32), w.to(tl.float32)
         base = tl.dot(x, tl.trans(w), base, input_precision=precision)
         if KIND == 1:
             right_ok = (r[:, None] < RANK) & k_ok[None, :]
             right_at = r[:, None].to(tl.int64) * in_features + k[None, :]
-            right = tl.load(second_ptr + right_at, mask=right_ok, other=0.0).to(dtype)
+            right = tl.load(second_ptr + right_at, mask=right_ok, other=0.0).to(x.dtype)
             inner = tl.dot(x, tl.trans(right), inner, input_precision=precision)
     if ROW_SCALE:
         base *= tl.load(scale_ptr + n, mask=n_ok, other=0.0)[None, :]
@@ -84,7 +87,7 @@ def split_linear(
             begin = tl.load(first_ptr + n, mask=n_ok, other=0)
             end = tl.load(first_ptr + n + 1, mask=n_ok, other=0)
             longest = tl.max(end - begin, axis=0)
-            for step in range(0, longest):
+            for step in range(longest):
                 entry = begin + step
                 entry_ok = entry < end
                 column = tl.load(second_ptr + entry, mask=entry_ok, other=0)

@@ -245,8 +245,8 @@ def linear(
         qdata, scale, zero: the stored base; see the module's text.
         bias: (out_features,) or None.
         ortho: as `ortho_linear`; empty for none.
-        alpha: (n,) fp32 (fp64 for x in fp64) where there is an ortho stream. n divides the rows of x, counted over all
-            leading dimensions; each value serves equally many consecutive rows.
+        alpha: (n,) fp32 (fp64 for x in fp64) where there is an ortho stream. n divides the rows
+            of x, counted over all leading dimensions; each value serves equally many of them.
 
     Returns:
         (..., out_features) in the dtype of x.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
@@ -90,6 +91,8 @@ def linear(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=64,
+        # The interpreter multiplies bf16 numbers as if their bits were integers.
+        WIDE=os.environ.get("TRITON_INTERPRET") == "1",
         BLOCK_R=max(16, 1 << (rank - 1).bit_length()) if rank else 16,
     )
     return y.reshape(*x.shape[:-1], out_features)
