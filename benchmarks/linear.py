@@ -9,6 +9,7 @@ no cache holds, and takes them in turn. Weights are random: time does not depend
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,10 +72,10 @@ def sparse(shape: tuple[int, int]) -> SparseOrtho:
 def layers(
     bases: list[BaseStream], make: Callable[[tuple[int, int]], OrthoStream] | None, alpha: object
 ) -> list[OrthoLinear]:
-    shape = bases[0].shape
+    ortho = None if make is None else make(bases[0].shape)
     made = []
     for base in bases:
-        layer = OrthoLinear.from_streams(base, None if make is None else make(shape))
+        layer = OrthoLinear.from_streams(base, copy.deepcopy(ortho))
         set_alpha(layer, alpha)
         made.append(layer)
     return made

@@ -53,13 +53,15 @@ def linear(
     whole = scale is None or scale.shape[1] == 1 or group % 32 == 0
     tiles = x.dtype == torch.bfloat16 and whole and native.has_tiles()
     if rows <= (ROWS_BEFORE_TILES if tiles else ROWS_AT_ONCE):
-        tiles = False
-    elif not tiles:
+        way = native.ROWS
+    elif tiles:
+        way = native.TILES
+    else:
         y = reference.dense_linear(x, qdata, scale, zero)
         if ortho:
             native.add_ortho()(y, x, ortho, alpha)
         return y if bias is None else y + bias
-    return native.split_linear()(x, qdata, scale, zero, bias, ortho, alpha, tiles)
+    return native.split_linear()(x, qdata, scale, zero, bias, ortho, alpha, way)
 
 
 def _stored_as_expected(qdata: Tensor, scale: Tensor | None, ortho: Sequence[Tensor]) -> bool:
@@ -108,12 +110,21 @@ def linear_int8_activations(
     ortho: Sequence[Tensor] = (),
     alpha: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.linear_int8_activations`, through oneDNN's INT8 product; no gradients flow."""
-    flat = x.reshape(-1, x.shape[-1])
-    codes, steps = reference.quantize_rows(flat)
+    """As `reference.linear_int8_activations`; no gradients flow.
+
+    Through INT8 tiles where there are any, else through oneDNN's INT8 product.
+    """
+    known = native.available() and x.dtype in _DTYPES and _stored_as_expected(qdata, scale, ortho)
+    if known and x.dtype == torch.bfloat16 and native.has_tiles():
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        return native.split_linear()(
+            x.contiguous(), qdata, scale, None, bias, ortho, alpha, native.INT8_TILES
+        )
+    codes, steps = reference.quantize_rows(x.reshape(-1, x.shape[-1]))
     sums = torch._int_mm(codes, qdata.T)
     y = (sums * steps * scale[:, 0]).to(x.dtype).reshape(*x.shape[:-1], -1)
-    if ortho and native.available() and x.dtype in _DTYPES and ortho[-1].dtype in _DTYPES:
+    if known and ortho:
         native.add_ortho()(y, x.contiguous(), ortho, alpha)
         ortho = ()
     return reference.add_terms(y, x, bias, ortho, alpha)

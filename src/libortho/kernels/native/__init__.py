@@ -40,6 +40,8 @@ FLAGS = (
     "-w",
 )
 COMPILERS = ("c++", "g++", "clang++")
+ROWS, TILES, INT8_TILES = 0, 1, 2
+"""The ways of `split_linear`: row by row, by tiles of bf16, by tiles of INT8 with x rounded too."""
 _FOLDER = Path(__file__).parent
 _STABLE_ABI = (2, 10)  # the first torch whose stable ABI has what ops.cpp calls
 
@@ -117,7 +119,7 @@ def available() -> bool:
     torch.ops.load_library(str(path))
 
     @torch.library.register_fake("libortho_native::split_linear")
-    def _(x, qdata, scale, zero, bias, ortho, alpha, tiles):  # type: ignore[no-untyped-def]
+    def _(x, qdata, scale, zero, bias, ortho, alpha, way):  # type: ignore[no-untyped-def]
         return x.new_empty(*x.shape[:-1], qdata.shape[0])
 
     @torch.library.register_fake("libortho_native::add_ortho_")
@@ -135,7 +137,7 @@ def has_tiles() -> bool:
 
 @functools.cache
 def split_linear() -> Callable[..., Tensor]:
-    """`split_linear(x, qdata, scale, zero, bias, ortho, alpha, tiles)`; see `ops.cpp`."""
+    """`split_linear(x, qdata, scale, zero, bias, ortho, alpha, way)`; see `ops.cpp`."""
     return torch.ops.libortho_native.split_linear.default
 
 

@@ -16,14 +16,16 @@ struct FloatBlocks {
   F column(int64_t block, int64_t k) const { return load<F>(data + (block * in + k) * kLanes); }
 };
 
-// x packed as bf16 in the order that tile products read: block b of sixteen rows is
-// (in / 32, 16 pairs of columns, 16 rows, 2 columns), with zeros past the last column.
+// x packed in the order that tile products read: block b of sixteen rows is (words, 16 rows), a word
+// being four neighbouring bytes of a row: two columns of bf16, or four of INT8. Zeros follow the
+// last column up to a multiple of 64 bytes.
 struct TileBlocks {
-  const BFloat16* data;
-  int64_t padded;  // columns, a multiple of 32
+  const uint8_t* data;
+  int64_t padded;  // bytes of a row
 
+  // Column k of bf16 rows.
   F column(int64_t block, int64_t k) const {
-    const U pair = load<U>(data + (block * padded + (k & ~int64_t{1})) * kLanes);
+    const U pair = load<U>(data + (block * padded + (k & ~int64_t{1}) * 2) * kLanes);
     const uint32_t shift = k & 1 ? 0 : 16;
     return std::bit_cast<F>((pair << shift) & 0xffff0000u);
   }
@@ -41,29 +43,26 @@ void pack_floats(const X* x, int64_t rows, int64_t in, int64_t block, float* pac
   }
 }
 
-inline void pack_tiles(const BFloat16* x, int64_t rows, int64_t in, int64_t block,
-                       BFloat16* packed) {
-  const int64_t padded = up(in, 32);
-  uint16_t* to = &packed[block * padded * kLanes].bits;
-  const int64_t count = std::min(kLanes, rows - block * kLanes);
-  const uint16_t* from = &x[block * kLanes * in].bits;
-  int64_t k = 0;
+// `count` rows of `bytes` bytes each into one block, see TileBlocks.
+inline void pack_tiles(const void* x, int64_t count, int64_t bytes, uint8_t* to) {
+  const uint8_t* from = static_cast<const uint8_t*>(x);
+  int64_t at = 0;
 #ifdef __AVX512F__
   const __m512i step = _mm512_mullo_epi32(
       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-      _mm512_set1_epi32(static_cast<int>(in * 2)));
+      _mm512_set1_epi32(static_cast<int>(bytes)));
   const __mmask16 mask = (1u << count) - 1;
-  for (; k + 2 <= in; k += 2) {
-    const __m512i pairs =
-        _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, step, from + k, 1);
-    _mm512_storeu_si512(to + k * kLanes, pairs);
+  for (; at + 4 <= bytes; at += 4) {
+    const __m512i words =
+        _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, step, from + at, 1);
+    _mm512_storeu_si512(to + at * kLanes, words);
   }
 #endif
-  for (; k < padded; k += 2) {
+  for (; at < up(bytes, 64); at += 4) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      for (int64_t half = 0; half < 2; ++half) {
-        const bool inside = lane < count && k + half < in;
-        to[k * kLanes + 2 * lane + half] = inside ? from[lane * in + k + half] : 0;
+      for (int64_t i = 0; i < 4; ++i) {
+        const bool inside = lane < count && at + i < bytes;
+        to[at * kLanes + 4 * lane + i] = inside ? from[lane * bytes + at + i] : 0;
       }
     }
   }

@@ -170,16 +170,31 @@ struct Prepared {
 };
 
 #ifdef LIBORTHO_TILES
-template <class V>
+template <bool kInt8, class V>
 void run_tiles(const Weight& w, const Ortho<V>& ortho, Alpha alpha, const BFloat16* bias,
                const BFloat16* x, int64_t rows, BFloat16* y) {
-  const int64_t blocks = up(rows, kLanes) / kLanes, padded = up(w.in, kTileColumns);
-  const Buffer<BFloat16> packed(blocks * kLanes * padded);
-  const TileBlocks columns{packed.get(), padded};
+  const int64_t blocks = up(rows, kLanes) / kLanes;
+  const int64_t plain = up(w.in * 2, kTileBytes), rounded = up(w.in, kTileBytes);
+  const bool both = !kInt8 || !ortho.none();
+  const Buffer<uint8_t> wide(both ? blocks * kLanes * plain : 0);
+  const Buffer<uint8_t> narrow(kInt8 ? blocks * kLanes * rounded : 0);
+  const Buffer<F> steps(kInt8 ? blocks : 0);
+  const TileBlocks columns{wide.get(), plain}, codes{narrow.get(), rounded};
   const Prepared<V> prepared(ortho, blocks, w.in);
   parallel(blocks, w.in * kLanes, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      pack_tiles(x, rows, w.in, block, packed.get());
+      const int64_t row = block * kLanes, count = std::min(kLanes, rows - row);
+      const BFloat16* from = x + row * w.in;
+      if (both) pack_tiles(from, count, w.in * 2, wide.get() + row * plain);
+      if constexpr (kInt8) {
+        const Buffer<int8_t> some(count * w.in);
+        F step = {};
+        for (int64_t lane = 0; lane < count; ++lane) {
+          step[lane] = round_row(from + lane * w.in, w.in, some.get() + lane * w.in);
+        }
+        steps[block] = step;
+        pack_tiles(some.get(), count, w.in, narrow.get() + row * rounded);
+      }
       prepared.block(ortho, columns, alpha, rows, w.in, block);
     }
   });
@@ -187,13 +202,20 @@ void run_tiles(const Weight& w, const Ortho<V>& ortho, Alpha alpha, const BFloat
     const TileSession session;
     for (int64_t row = 0; row < rows; row += kPanelRows) {
       const int64_t block = row / kLanes;
-      tile_units(w, ortho, {packed.get() + row * padded, padded},
-                 prepared.inner.get() + block * ortho.rank * kLanes, prepared.alpha.get() + block,
-                 bias, std::min(kPanelRows, rows - row), begin, end, y + row * w.out);
+      const TileBlocks ortho_x{columns.data + row * plain, plain};
+      const TileBlocks base_x{codes.data + row * rounded, rounded};
+      const Panel panel{kInt8 ? base_x : ortho_x, ortho_x, steps.get() + block,
+                        std::min(kPanelRows, rows - row)};
+      tile_units<kInt8>(w, ortho, panel, prepared.inner.get() + block * ortho.rank * kLanes,
+                        prepared.alpha.get() + block, bias, begin, end, y + row * w.out);
     }
   });
 }
 #endif
+
+// How split_linear goes about it: row by row of x, by tiles of bf16, or by tiles of INT8 with x
+// rounded row by row.
+constexpr int64_t kRows = 0, kTiles = 1, kInt8Tiles = 2;
 
 bool has_tiles() {
 #ifdef LIBORTHO_TILES
@@ -204,7 +226,7 @@ bool has_tiles() {
 }
 
 Tensor split_linear(Tensor x, Tensor qdata, Maybe scale, Maybe zero, Maybe bias,
-                    std::vector<Tensor> ortho, Maybe alpha, bool tiles) {
+                    std::vector<Tensor> ortho, Maybe alpha, int64_t way) {
   const Weight w = weight_of(qdata, scale, zero);
   require(x.is_contiguous() && x.dim() > 0 && x.size(x.dim() - 1) == w.in,
           "libortho: x is not (..., in_features) and contiguous");
@@ -226,13 +248,17 @@ Tensor split_linear(Tensor x, Tensor qdata, Maybe scale, Maybe zero, Maybe bias,
       X* to = static_cast<X*>(y.mutable_data_ptr());
 #ifdef LIBORTHO_TILES
       if constexpr (std::is_same_v<X, BFloat16>) {
-        if (tiles && has_tiles() && (w.groups == 1 || w.group() % kTileColumns == 0)) {
-          run_tiles(w, parts, shared, added, data<X>(x), rows, to);
+        if (way == kTiles && has_tiles() && (w.groups == 1 || w.group() % kTileColumns == 0)) {
+          run_tiles<false>(w, parts, shared, added, data<X>(x), rows, to);
+          return;
+        }
+        if (way == kInt8Tiles && has_tiles() && w.storage == Storage::kInt8 && w.groups == 1) {
+          run_tiles<true>(w, parts, shared, added, data<X>(x), rows, to);
           return;
         }
       }
 #endif
-      require(!tiles, "libortho: no tiles for this");
+      require(way == kRows, "libortho: no tiles for this");
       run_few(w, parts, shared, added, data<X>(x), rows, to);
     });
   });
@@ -275,7 +301,7 @@ void add_ortho_(Tensor y, Tensor x, std::vector<Tensor> ortho, Maybe alpha) {
 STABLE_TORCH_LIBRARY(libortho_native, library) {
   library.def(
       "split_linear(Tensor x, Tensor qdata, Tensor? scale, Tensor? zero, Tensor? bias, "
-      "Tensor[] ortho, Tensor? alpha, bool tiles) -> Tensor");
+      "Tensor[] ortho, Tensor? alpha, int way) -> Tensor");
   library.def("add_ortho_(Tensor(a!) y, Tensor x, Tensor[] ortho, Tensor? alpha) -> ()");
   library.def("has_tiles() -> bool");
 }

@@ -1,10 +1,11 @@
 // Many rows of bf16 x on a processor with matrix tiles (AMX): the stored weight is widened to bf16
-// a panel at a time, into a scratch that stays in the cache, and multiplied from there.
+// a panel at a time, into a scratch that stays in the cache, and multiplied from there. With x
+// rounded to INT8, an INT8 weight needs no widening, and tiles hold twice as many columns.
 //
 // y^T = W x^T: tiles of W are its own rows, so that widening is all the packing it needs.
 #pragma once
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && \
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && \
     defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__linux__)
 #define LIBORTHO_TILES 1
 
@@ -15,10 +16,12 @@
 
 namespace libortho {
 
-constexpr int64_t kTileRows = 16, kTileColumns = 32;
-constexpr int64_t kTile = kTileRows * kTileColumns;  // bf16 numbers
+constexpr int64_t kTileRows = 16, kTileBytes = 64;  // of a row
+constexpr int64_t kTile = kTileRows * kTileBytes;
+constexpr int64_t kTileColumns = kTileBytes / 2;  // of bf16
 constexpr int64_t kUnit = 2 * kTileRows;             // outputs that one thread takes at a time
-constexpr int64_t kPanelColumns = 512;
+constexpr int64_t kPanelBytes = 1024;  // of a row
+constexpr int64_t kPanelColumns = kPanelBytes / 2;
 constexpr int64_t kPanelUnits = 4;
 constexpr int64_t kPanelRows = 256;  // of x, so that sums and x's part of a panel stay in the cache
 
@@ -134,9 +137,57 @@ inline void widen_tiles(const Weight& w, int64_t n0, int64_t k0, int64_t k1, int
   }
 }
 
+// INT8 rows as they are: outputs [n0, n0 + 16) x columns [k0, k1), zeros past the last of each.
+inline void copy_tiles(const Weight& w, int64_t n0, int64_t k0, int64_t k1, int64_t step,
+                       uint8_t* panel) {
+  for (int64_t row = 0; row < kTileRows; ++row) {
+    uint8_t* to = panel + row * kTileBytes;
+    const uint8_t* from = static_cast<const uint8_t*>(w.qdata) + (n0 + row) * w.in;
+    for (int64_t k = k0; k < k1; k += kTileBytes, to += step) {
+      const int64_t count = n0 + row < w.out ? std::min(kTileBytes, w.in - k) : 0;
+      if (count == kTileBytes) {
+        _mm_prefetch(reinterpret_cast<const char*>(from + k + kPanelBytes), _MM_HINT_T0);
+        _mm512_storeu_si512(to, _mm512_loadu_si512(from + k));
+      } else {
+        std::memset(to, 0, kTileBytes);
+        if (count > 0) std::memcpy(to, from + k, count);
+      }
+    }
+  }
+}
+
+// A row of x as INT8 codes, and the step between them. A row with infinity or NaN has step NaN, so
+// that what is multiplied by it is NaN too. (|x| is compared by its bits, whose order is that of the
+// numbers with NaN at the top; compilers may take arithmetic on NaN for nothing.)
+inline float round_row(const BFloat16* x, int64_t in, int8_t* codes) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i largest = _mm512_setzero_si512();
+  int64_t k = 0;
+  for (; k + kLanes <= in; k += kLanes) {
+    largest = _mm512_max_epu32(largest, _mm512_and_si512((__m512i)widen(x + k), magnitude));
+  }
+  uint32_t reach = _mm512_reduce_max_epu32(largest);
+  for (; k < in; ++k) {
+    reach = std::max(reach, static_cast<uint32_t>(x[k].bits & 0x7fff) << 16);
+  }
+  if (reach >= 0x7f800000u) {
+    std::memset(codes, 0, in);
+    return std::bit_cast<float>(0x7fc00000u);
+  }
+  const float step = std::max(std::bit_cast<float>(reach), 1.17549435e-38f) / 127;
+  for (k = 0; k + kLanes <= in; k += kLanes) {
+    const __m512i whole = _mm512_cvtps_epi32((__m512)(widen(x + k) / step));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtepi32_epi8(whole));
+  }
+  for (; k < in; ++k) {
+    codes[k] = static_cast<int8_t>(_mm_cvtss_si32(_mm_set_ss(number(x[k]) / step)));
+  }
+  return step;
+}
+
 // sums (32 outputs, padded rows) += panel x^T for one or two blocks of sixteen rows.
-template <bool kTwo>
-inline void multiply(const uint16_t* panel, const BFloat16* x0, const BFloat16* x1, int64_t tiles,
+template <bool kInt8, bool kTwo>
+inline void multiply(const uint8_t* panel, const uint8_t* x0, const uint8_t* x1, int64_t tiles,
                      bool first, int64_t stride, float* sums) {
   float* below = sums + kTileRows * stride;
   if (first) {
@@ -156,14 +207,23 @@ inline void multiply(const uint16_t* panel, const BFloat16* x0, const BFloat16* 
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
     _tile_loadd(4, panel + 2 * tile * kTile, 64);
-    _tile_loadd(6, x0 + tile * kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(5, panel + (2 * tile + 1) * kTile, 64);
-    _tile_dpbf16ps(1, 5, 6);
-    if (kTwo) {
-      _tile_loadd(7, x1 + tile * kTile, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(6, x0 + tile * kTile, 64);
+    if (kTwo) _tile_loadd(7, x1 + tile * kTile, 64);
+    if constexpr (kInt8) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 5, 6);
+      if (kTwo) {
+        _tile_dpbssd(2, 4, 7);
+        _tile_dpbssd(3, 5, 7);
+      }
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 5, 6);
+      if (kTwo) {
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
     }
   }
   _tile_stored(0, sums, stride * 4);
@@ -175,9 +235,10 @@ inline void multiply(const uint16_t* panel, const BFloat16* x0, const BFloat16* 
 }
 
 // Scale, ortho stream and bias of 16 outputs; then into y.
-template <class V>
+template <bool kInt8, class V>
 void finish(const Weight& w, const Ortho<V>& ortho, const float* inner, const float* sparse,
-            const BFloat16* bias, int64_t rows, int64_t n0, const float* sums, BFloat16* y) {
+            const F* steps, const BFloat16* bias, int64_t rows, int64_t n0, const float* sums,
+            BFloat16* y) {
   const int64_t blocks = up(rows, kLanes) / kLanes, outputs = std::min(kTileRows, w.out - n0);
   const bool row_scale = w.storage == Storage::kInt8 && w.groups == 1;
   for (int64_t block = 0; block < blocks; ++block) {
@@ -185,6 +246,7 @@ void finish(const Weight& w, const Ortho<V>& ortho, const float* inner, const fl
     for (int64_t n = 0; n < outputs; ++n) {
       const int64_t at = (n * blocks + block) * kLanes;
       F value = load<F>(sums + at);
+      if (kInt8) value = __builtin_convertvector(std::bit_cast<I>(value), F) * steps[block];
       if (row_scale) value *= w.scale8[n0 + n];
       if (ortho.kind == OrthoKind::kLowRank) value += low_rank_lanes(ortho, inner, block, n0 + n);
       if (ortho.kind == OrthoKind::kSparse) value += load<F>(sparse + at);
@@ -197,45 +259,59 @@ void finish(const Weight& w, const Ortho<V>& ortho, const float* inner, const fl
   }
 }
 
+// x of a panel of rows, as tiles read it and as the ortho stream does (the same for bf16 tiles).
+struct Panel {
+  TileBlocks base, ortho;
+  const F* steps;  // INT8 tiles: of each row
+  int64_t rows;
+};
+
 // Units [begin, end) of 32 outputs, for a panel of at most kPanelRows rows.
-template <class V>
-void tile_units(const Weight& w, const Ortho<V>& ortho, const TileBlocks& x, const float* inner,
-                const F* alpha, const BFloat16* bias, int64_t rows, int64_t begin, int64_t end,
-                BFloat16* y) {
-  const int64_t stride = up(rows, kLanes), blocks = stride / kLanes;
+template <bool kInt8, class V>
+void tile_units(const Weight& w, const Ortho<V>& ortho, const Panel& x, const float* inner,
+                const F* alpha, const BFloat16* bias, int64_t begin, int64_t end, BFloat16* y) {
+  const int64_t stride = up(x.rows, kLanes), blocks = stride / kLanes;
   const int64_t at_once = blocks <= 2 ? 1 : kPanelUnits;
   const bool sparse = ortho.kind == OrthoKind::kSparse;
   const int64_t first = begin * kUnit, last = std::min(w.out, end * kUnit);
   const Buffer<float> terms(sparse ? (last - first) * stride : 0);
-  if (sparse) ortho_rows(ortho, x, inner, alpha, blocks, first, last, terms.get());
-  const Buffer<uint16_t> panel(at_once * kUnit * kPanelColumns);
+  if (sparse) ortho_rows(ortho, x.ortho, inner, alpha, blocks, first, last, terms.get());
+  const Buffer<uint8_t> panel(at_once * kUnit * kPanelBytes);
   const Buffer<float> sums(at_once * kUnit * stride);
   for (int64_t unit = begin; unit < end; unit += at_once) {
     const int64_t units = std::min(at_once, end - unit);
-    for (int64_t k0 = 0; k0 < x.padded; k0 += kPanelColumns) {
-      const int64_t k1 = std::min(x.padded, k0 + kPanelColumns), tiles = (k1 - k0) / kTileColumns;
+    for (int64_t b0 = 0; b0 < x.base.padded; b0 += kPanelBytes) {
+      const int64_t b1 = std::min(x.base.padded, b0 + kPanelBytes), tiles = (b1 - b0) / kTileBytes;
       for (int64_t u = 0; u < units; ++u) {
-        uint16_t* some = panel.get() + u * kUnit * kPanelColumns;
+        uint8_t* some = panel.get() + u * kUnit * kPanelBytes;
         const int64_t n = (unit + u) * kUnit;
-        widen_tiles(w, n, k0, k1, 2 * kTile, some);
-        widen_tiles(w, n + kTileRows, k0, k1, 2 * kTile, some + kTile);
+        for (int64_t half = 0; half < 2; ++half) {
+          const int64_t n0 = n + half * kTileRows;
+          if constexpr (kInt8) {
+            copy_tiles(w, n0, b0, b1, 2 * kTile, some + half * kTile);
+          } else {
+            widen_tiles(w, n0, b0 / 2, b1 / 2, kTile,
+                        reinterpret_cast<uint16_t*>(some + half * kTile));
+          }
+        }
         const auto rows_of = [&](int64_t block) {
-          return x.data + (block * x.padded + k0) * kLanes;
+          return x.base.data + (block * x.base.padded + b0) * kLanes;
         };
+        float* to = sums.get() + u * kUnit * stride;
         int64_t block = 0;
         for (; block + 2 <= blocks; block += 2) {
-          multiply<true>(some, rows_of(block), rows_of(block + 1), tiles, k0 == 0, stride,
-                         sums.get() + u * kUnit * stride + block * kLanes);
+          multiply<kInt8, true>(some, rows_of(block), rows_of(block + 1), tiles, b0 == 0, stride,
+                                to + block * kLanes);
         }
         if (block < blocks) {
-          multiply<false>(some, rows_of(block), nullptr, tiles, k0 == 0, stride,
-                          sums.get() + u * kUnit * stride + block * kLanes);
+          multiply<kInt8, false>(some, rows_of(block), nullptr, tiles, b0 == 0, stride,
+                                 to + block * kLanes);
         }
       }
     }
     for (int64_t n = unit * kUnit; n < std::min(last, (unit + units) * kUnit); n += kTileRows) {
-      finish(w, ortho, inner, terms.get() + (sparse ? (n - first) * stride : 0), bias, rows, n,
-             sums.get() + (n - unit * kUnit) * stride, y);
+      finish<kInt8>(w, ortho, inner, terms.get() + (sparse ? (n - first) * stride : 0), x.steps,
+                    bias, x.rows, n, sums.get() + (n - unit * kUnit) * stride, y);
     }
   }
 }
