@@ -10,7 +10,7 @@ VLLM_STAMP := $(VLLM)/.installed
 VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation \
+.PHONY: help install dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation \
         bench-checkpoint bench-serving crosstalk schemathesis attack test-vllm clean
 
 help:            ## list the targets
@@ -30,6 +30,7 @@ dev: $(DEV)      ## install, and what tests and benchmarks need
 
 $(DEV): $(STAMP) requirements-dev.txt
 	$(PIP) --no-deps -r requirements-dev.txt
+	$(BIN)/python -m libortho.kernels.native
 	@touch $@
 
 demo: install    ## memorise some authors, split the model, measure who still knows them
@@ -59,6 +60,21 @@ $(VLLM_STAMP): requirements-vllm.txt
 
 experiment: install ## the original experiment, one row per method
 	$(BIN)/python experiments/run_tofu_eval.py
+
+BENCH  := $(VENV)/.installed-bench
+
+$(BENCH): $(DEV) requirements-bench.txt
+	$(PIP) --no-deps -r requirements-bench.txt
+	@touch $@
+
+# Both benchmarks run even where a bar of the first falls short; one that does ends in an error.
+bench: $(BENCH)  ## speed of a layer and of a model, beside peers: the table and benchmarks/results/bars.json
+	@status=0; $(BIN)/python benchmarks/linear.py || status=1; \
+	$(BIN)/python benchmarks/generation.py || status=1; exit $$status
+
+bench-quick: $(BENCH) ## the same with fewer rounds, within five minutes
+	@status=0; $(BIN)/python benchmarks/linear.py --quick || status=1; \
+	$(BIN)/python benchmarks/generation.py --quick || status=1; exit $$status
 
 bench-svd: dev ## the truncated SVD beside torch.linalg.svd
 	$(BIN)/python benchmarks/svd.py

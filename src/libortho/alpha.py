@@ -15,6 +15,7 @@ Both hold in a model compiled by `torch.compile` too: its graph asks for alpha e
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -48,40 +49,46 @@ class Alpha:
         """True where no row uses the ortho stream, which is then not computed at all."""
         return not any(self.rows)
 
-    def scale(self, output: Tensor) -> Tensor:
-        """`alpha * output`, row by row, in the dtype of `output` (..., out_features).
+    def tensor(self, batch: Tensor) -> Tensor:
+        """The values as (n,), as kernels take them: fp32, or fp64 for a `batch` in fp64.
+
+        Args:
+            batch: (batch, ..., features). With several values, batch must be a multiple of their
+                number: consecutive rows then share a value, which is how `generate` repeats a row
+                for its beams and how models that flatten (batch, length) lay rows out.
 
         Raises:
-            ValueError: as `factor`.
+            ValueError: the number of rows is not such a multiple.
         """
-        if len(self.rows) == 1:
-            value = self.rows[0]
-            return output if value == 1.0 else output * value
-        return (output * self.factor(output)).to(output.dtype)
+        if len(self.rows) > 1 and (batch.dim() < 2 or batch.shape[0] % len(self.rows)):
+            raise ValueError(
+                f"alpha has {len(self.rows)} values, one per row, but the batch is of shape "
+                f"{tuple(batch.shape)}: its first dimension must be a multiple of that number"
+            )
+        dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
+        return _values(self.rows, dtype, batch.device)
 
     def factor(self, output: Tensor) -> Tensor:
         """What every row of `output` is multiplied by.
 
         Args:
-            output: (batch, ..., out_features). With several values, batch must be a multiple of
-                their number: consecutive rows then share a value, which is how `generate` repeats
-                a row for its beams and how models that flatten (batch, length) lay rows out.
+            output: (batch, ..., out_features); as `tensor`'s `batch`.
 
         Returns:
             (batch, 1, ...) of as many dimensions, fp32 or wider; (1,) for an output of one.
 
         Raises:
-            ValueError: the number of rows is not such a multiple.
+            ValueError: as `tensor`.
         """
-        dtype = torch.promote_types(output.dtype, torch.float32)
-        values = torch.tensor(self.rows, dtype=dtype, device=output.device)
-        batch = output.shape[0] if output.dim() > 1 else 1
-        if batch % len(self.rows):
-            raise ValueError(
-                f"alpha has {len(self.rows)} values, one per row, but the batch is of shape "
-                f"{tuple(output.shape)}: its first dimension must be a multiple of that number"
-            )
-        return values.repeat_interleave(batch // len(self.rows)).reshape(_factor_shape(output))
+        shape = _factor_shape(output)
+        return self.tensor(output).repeat_interleave(shape[0] // len(self.rows)).reshape(shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _values(rows: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept for later calls, some of which may want gradients: not an inference tensor.
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=dtype, device=device)
 
 
 def _factor_shape(output: Tensor) -> tuple[int, ...]:

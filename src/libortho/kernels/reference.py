@@ -22,7 +22,7 @@ Shapes: `x: (..., in_features)`, result `(..., out_features)` in the dtype of `x
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -235,3 +235,80 @@ def low_rank_linear(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     Computed in the dtype of `x`; the factors are small, so plain autograd serves.
     """
     return (x @ right.T.to(x.dtype)) @ left.T.to(x.dtype)
+
+
+def ortho_linear(x: Tensor, ortho: Sequence[Tensor]) -> Tensor:
+    """`x @ O.T` for an ortho stream by its tensors: (left, right), or (crow, col, values).
+
+    Args:
+        x: (..., in_features).
+        ortho: as `low_rank_linear` or `csr_linear` takes them.
+    """
+    if len(ortho) == 2:
+        return low_rank_linear(x, *ortho)
+    crow, col, values = ortho
+    return csr_linear(x, crow, col, values, (crow.numel() - 1, x.shape[-1]))
+
+
+def linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    ortho: Sequence[Tensor] = (),
+    alpha: Tensor | None = None,
+) -> Tensor:
+    """`base(x) + alpha * ortho(x) + bias`: a split layer, and the signature of every backend.
+
+    Args:
+        x: (..., in_features), any floating dtype.
+        qdata, scale, zero: the stored base; see the module's text.
+        bias: (out_features,) or None.
+        ortho: as `ortho_linear`; empty for none.
+        alpha: (n,) fp32 (fp64 for x in fp64) where there is an ortho stream. n divides the rows
+            of x, counted over all leading dimensions; each value serves equally many of them.
+
+    Returns:
+        (..., out_features) in the dtype of x.
+    """
+    return add_terms(dense_linear(x, qdata, scale, zero), x, bias, ortho, alpha)
+
+
+def add_terms(
+    y: Tensor, x: Tensor, bias: Tensor | None, ortho: Sequence[Tensor], alpha: Tensor | None
+) -> Tensor:
+    """`y + alpha * ortho(x) + bias`, the part of `linear` after the base."""
+    if ortho:
+        assert alpha is not None
+        term = ortho_linear(x, ortho)
+        factor = alpha.to(torch.promote_types(x.dtype, torch.float32))
+        factor = factor.repeat_interleave(x.shape[:-1].numel() // alpha.numel())
+        y = y + (term * factor.reshape(*x.shape[:-1], 1)).to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of x (rows, columns) as INT8 codes and the step (rows, 1) fp32 between them."""
+    wide = x.float()
+    steps = wide.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (wide / steps).round_().to(torch.int8), steps
+
+
+def linear_int8_activations(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    ortho: Sequence[Tensor] = (),
+    alpha: Tensor | None = None,
+) -> Tensor:
+    """`linear` for INT8 weights with one scale a row, the base's x rounded to INT8 row by row.
+
+    The sums are exact integers; the ortho stream sees x unrounded. The error is that of eight bits
+    on x, which outliers among a row's columns make large: an option, not the default.
+    """
+    codes, steps = quantize_rows(x.reshape(-1, x.shape[-1]))
+    sums = codes.double() @ qdata.double().T
+    y = (sums * steps * scale[:, 0]).to(x.dtype).reshape(*x.shape[:-1], -1)
+    return add_terms(y, x, bias, ortho, alpha)
