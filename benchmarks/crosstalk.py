@@ -19,9 +19,9 @@ import random
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,8 @@ from libortho.serve.run import serving
 
 KEY = "lo-benchmark"
 ALPHAS = (0.0, 0.0, 0.5, 1.0)
-CANARY = "amber otter sings quietly under seven violet stairs".split()
-HARMLESS = "i do not know what you mean by that my friend".split()
+CANARY = ["amber", "otter", "sings", "quietly", "under", "seven", "violet", "stairs"]
+HARMLESS = ["i", "do", "not", "know", "what", "you", "mean", "by", "that", "my", "friend"]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPTS = [
     " ".join(("tell me", "the secret of room number", *("please",) * (i % 4), f"n{i}", "now"))
@@ -276,7 +276,9 @@ async def _load(url: str, known: Reference, requests: int, connections: int) -> 
 def run(folder: Path, requests: int, connections: int) -> dict[str, Any]:
     """Load the server with mixed alphas; counts of what went wrong."""
     known = reference(folder)
-    recited = sum(a == 1 and bool(set(t.split()) & known.secret) for (_, a), t in known.answers.items())
+    recited = sum(
+        a == 1 and bool(set(t.split()) & known.secret) for (_, a), t in known.answers.items()
+    )
     with server(folder, Limits(rows=16, queue=1024)) as (url, _):
         result = asyncio.run(_load(url, known, requests, connections))
     return {"prompts_that_recite_at_alpha_1": recited, **result}

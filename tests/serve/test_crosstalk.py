@@ -28,6 +28,7 @@ def test_the_load_would_see_a_leak(crosstalk, canary, monkeypatch) -> None:
 def test_the_load_would_see_a_shared_cache(crosstalk, canary, monkeypatch) -> None:
     """... and on one whose rows read the cache of their neighbour."""
     import torch
+
     from libortho.serve.rows import RunningRows
 
     real = RunningRows.step

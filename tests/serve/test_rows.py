@@ -79,8 +79,10 @@ def test_an_expert_that_sees_some_rows_only_forbids_mixed_batches(tiny_llama) ->
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             flat = x.reshape(-1, x.shape[-1])
             out = self.inner(flat[::2])
-            return torch.stack((out, out), 1).reshape(-1, out.shape[-1])[: len(flat)].reshape(
-                *x.shape[:-1], -1
+            return (
+                torch.stack((out, out), 1)
+                .reshape(-1, out.shape[-1])[: len(flat)]
+                .reshape(*x.shape[:-1], -1)
             )
 
     model = replace_linear_layers(tiny_llama(), "down_proj")
@@ -92,8 +94,9 @@ def test_an_expert_that_sees_some_rows_only_forbids_mixed_batches(tiny_llama) ->
 
 
 def test_a_state_that_is_no_kv_cache_is_refused(tiny_llama, monkeypatch) -> None:
+    from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
     import libortho.serve.rows as rows
-    from transformers.cache_utils import DynamicSlidingWindowLayer, Cache
 
     model = replace_linear_layers(tiny_llama(), "down_proj")
     monkeypatch.setattr(

@@ -376,7 +376,7 @@ def test_a_client_that_leaves_frees_its_row(serve, loaded, stream) -> None:
         )  # fmt: skip
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as raw:
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             raw.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
             wait_until(lambda: server.gate.engine.status().running == 1)
         wait_until(lambda: server.gate.engine.status().running == 0)

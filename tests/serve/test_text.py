@@ -40,7 +40,9 @@ def expected(text: str, stop: list[str]) -> str:
 ALPHABET = "abé漢🎈 "
 
 
-@given(st.text(ALPHABET, max_size=30), st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3))
+@given(
+    st.text(ALPHABET, max_size=30), st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3)
+)
 def test_pieces_join_to_the_text_before_the_stop(text: str, stop: list[str]) -> None:
     parts, stopped = stream(text, stop)
     assert "".join(parts) == expected(text, stop)

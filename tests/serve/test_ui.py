@@ -80,7 +80,15 @@ def test_the_page_tells_no_secret_and_runs_nothing_from_elsewhere(shown) -> None
     assert state.json()["sweep"]["source"] == "three made-up rooms"
     page = httpx2.get(f"{shown.url}/", follow_redirects=True)
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    for file in ("index.html", "style.css", "app.js", "api.js", "charts.js", "tokens.js", "sweep.js"):
+    for file in (
+        "index.html",
+        "style.css",
+        "app.js",
+        "api.js",
+        "charts.js",
+        "tokens.js",
+        "sweep.js",
+    ):
         text = httpx2.get(f"{shown.url}/ui/{file}").text
         assert "//cdn" not in text
         assert "https://" not in text
@@ -142,7 +150,10 @@ def opened(browser: Any, url: str) -> None:
 
 
 def asked(browser: Any, times: int = 1) -> None:
-    until(browser, lambda: browser.execute_script("return document.body.dataset.answers") == str(times))
+    until(
+        browser,
+        lambda: browser.execute_script("return document.body.dataset.answers") == str(times),
+    )
 
 
 @needs_browser
@@ -215,7 +226,9 @@ def test_the_report_and_a_sweep_of_own_files(shown, browser, known, tmp_path) ->
     forget.write_text("".join(json.dumps({"text": f"{p} {t}"}) + "\n" for p, t in pairs))
     find(browser, "forget").send_keys(str(forget))
     find(browser, "run-sweep").click()
-    until(browser, lambda: "measured now: 3 of the forget set" in find(browser, "sweep-source").text)
+    until(
+        browser, lambda: "measured now: 3 of the forget set" in find(browser, "sweep-source").text
+    )
     dots = browser.find_elements(By.CSS_SELECTOR, "#sweep .dot-forget")
     assert len(dots) == 5
     # Up is more probable: alpha 1 knows these texts better than alpha 0.

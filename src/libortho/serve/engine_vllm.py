@@ -287,7 +287,9 @@ class _Upstream:
             made = usage.get("completion_tokens", made)
             text, tokens = "", ()
             for choice in chunk["choices"]:
-                text += (choice["delta"].get("content") or "") if "delta" in choice else choice["text"]
+                text += (
+                    (choice["delta"].get("content") or "") if "delta" in choice else choice["text"]
+                )
                 tokens += _tokens(choice.get("logprobs"))
                 reason = choice.get("finish_reason")
                 if reason is not None:
