@@ -1,4 +1,4 @@
-"""What does the switch cost in throughput? The engine over a split, beside itself over the original.
+"""What does the switch cost? The engine over a split, beside itself over the original model.
 
     python benchmarks/serving.py SPLIT [--original MODEL] [--json FILE]
 
@@ -56,8 +56,8 @@ def unsplit(on: bool) -> Iterator[None]:
         yield
         return
     with (
-        mock.patch.object(rows, "ortho_layers", lambda _: {}),
-        mock.patch.object(rows, "scope_of_rows", lambda *_: nullcontext()),
+        mock.patch.object(rows, "ortho_layers", return_value={}),
+        mock.patch.object(rows, "scope_of_rows", side_effect=lambda *_: nullcontext()),
     ):
         yield
 

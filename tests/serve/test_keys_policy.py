@@ -98,7 +98,7 @@ def test_the_default_policy_gives_alpha_0_to_everyone() -> None:
     ],
 )
 def test_a_policy_that_is_not_understood_is_refused(text: str, told: str) -> None:
-    with pytest.raises(PolicyError, match="^") as error:
+    with pytest.raises(PolicyError) as error:
         parse_policy(text)
     assert told in str(error.value)
     assert "lo-secret" not in str(error.value), "a value may be a key in the wrong place"
@@ -107,10 +107,10 @@ def test_a_policy_that_is_not_understood_is_refused(text: str, told: str) -> Non
 def test_a_file_is_named_in_its_errors(tmp_path: Path) -> None:
     path = tmp_path / "p.toml"
     path.write_bytes(b"\xff")
-    with pytest.raises(PolicyError, match="p.toml: not UTF-8"):
+    with pytest.raises(PolicyError, match=r"p\.toml: not UTF-8"):
         read_policy(path)
     path.write_text("nonsense = 1")
-    with pytest.raises(PolicyError, match="p.toml: "):
+    with pytest.raises(PolicyError, match=r"p\.toml: "):
         append_entry(path, toml_entry("a", mint(), 1.0, 5))
     assert path.read_text() == "nonsense = 1"
 

@@ -9,11 +9,11 @@ import os
 
 import pytest
 
-pytest.importorskip("fastapi")
-schemathesis = pytest.importorskip("schemathesis")
-
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("fastapi")
+schemathesis = pytest.importorskip("schemathesis")
 
 EXAMPLES = int(os.environ.get("LIBORTHO_SCHEMATHESIS_EXAMPLES", "12"))
 """Requests per route and mode."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import stat
@@ -245,7 +246,7 @@ def test_an_export_is_served_on_this_machine_alone(export) -> None:
     assert adapters == {1.0: export / "ortho", 0.5: export / "ortho-0.5"}
     command = serve_command(export, adapters, 8123)
     assert command[:3] == ["vllm", "serve", str(export / "base")]
-    pairs = dict(zip(command, command[1:], strict=False))
+    pairs = dict(itertools.pairwise(command))
     assert (pairs["--host"], pairs["--port"]) == ("127.0.0.1", "8123")
     assert pairs["--max-lora-rank"] == "16", "the least that vLLM knows and the adapters fit"
     modules = {f"ortho={export / 'ortho'}", f"ortho-0.5={export / 'ortho-0.5'}"}

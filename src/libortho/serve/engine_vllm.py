@@ -2,8 +2,8 @@
 
 alpha 0 is the base itself; any other alpha is an adapter whose factors were exported at that scale.
 So only the alphas that have an adapter can be had, and an adapter that vLLM does not list as loaded
-on this base is not served. Requests say which cache they may share (`cache_salt`): a prefix that was
-computed at one alpha is never read at another, whatever vLLM makes of adapters in its cache keys.
+on this base is not served. Requests say which cache they may share (`cache_salt`): a prefix that
+was computed at one alpha is never read at another, whatever vLLM does with adapters in its keys.
 """
 
 from __future__ import annotations
