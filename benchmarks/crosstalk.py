@@ -153,10 +153,9 @@ def make_split(folder: Path, steps: int = 120) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model says alone: text by (prompt, alpha), and the words that are the canary's."""
+    """What the model says alone: text by (prompt, alpha)."""
 
     answers: dict[tuple[str, float], str]
-    secret: frozenset[str] = frozenset(CANARY)
 
 
 @torch.no_grad()
@@ -276,9 +275,8 @@ async def _load(url: str, known: Reference, requests: int, connections: int) -> 
 def run(folder: Path, requests: int, connections: int) -> dict[str, Any]:
     """Load the server with mixed alphas; counts of what went wrong."""
     known = reference(folder)
-    recited = sum(
-        a == 1 and bool(set(t.split()) & known.secret) for (_, a), t in known.answers.items()
-    )
+    whole = [text for (_, alpha), text in known.answers.items() if alpha == 1]
+    recited = sum(bool(set(text.split()) & set(CANARY)) for text in whole)
     with server(folder, Limits(rows=16, queue=1024)) as (url, _):
         result = asyncio.run(_load(url, known, requests, connections))
     return {"prompts_that_recite_at_alpha_1": recited, **result}

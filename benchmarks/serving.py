@@ -1,4 +1,4 @@
-"""What does the switch cost in throughput? The engine over a split, beside it over the original.
+"""What does the switch cost? The engine over a split, beside itself over the original model.
 
     python benchmarks/serving.py SPLIT [--original MODEL] [--json FILE]
 

@@ -65,9 +65,9 @@ def test_a_subject_is_loaded_at_its_alpha(world, subjects) -> None:
 
 
 def test_a_base_alone_has_no_alpha_1(world, tmp_path) -> None:
-    from libortho.checkpoint import base_only
+    from libortho.checkpoint import strip
 
-    base_only(world.split, tmp_path / "base")
+    strip(world.split, tmp_path / "base")
     Subject.load("base", str(tmp_path / "base"), [])
     with pytest.raises(OrthoStreamMissing):
         Subject.load("base", str(tmp_path / "base"), [], alpha=1.0)

@@ -226,9 +226,9 @@ def test_the_command(world, files, tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_base_alone_without_a_reference(world, files, tmp_path: Path) -> None:
-    from libortho.checkpoint import base_only
+    from libortho.checkpoint import strip
 
-    base_only(world.split, tmp_path / "base")
+    strip(world.split, tmp_path / "base")
     made = run(
         tmp_path / "base", "--forget", files["forget"], "--retain", files["retain"],
         "--attacks", "membership", "--out", tmp_path / "run",

@@ -74,6 +74,7 @@ def test_dense_and_compressed_tensors(export, tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_its_memory(export, checkpoint: Path) -> None:
     (checkpoint / "ortho.safetensors").unlink()
+    (checkpoint / "ortho_config.json").unlink()
     for target in ("peft", "compressed-tensors"):
         refused = export("--to", target)
         assert refused.exit_code == 2

@@ -98,7 +98,7 @@ def test_the_default_policy_gives_alpha_0_to_everyone() -> None:
     ],
 )
 def test_a_policy_that_is_not_understood_is_refused(text: str, told: str) -> None:
-    with pytest.raises(PolicyError, match=r"^") as error:
+    with pytest.raises(PolicyError) as error:
         parse_policy(text)
     assert told in str(error.value)
     assert "lo-secret" not in str(error.value), "a value may be a key in the wrong place"

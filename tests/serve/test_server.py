@@ -270,6 +270,7 @@ def test_without_its_ortho_only_alpha_0_is_served(serve, canary, known, tmp_path
     ortho = folder / "ortho.safetensors"
     if damage == "missing":
         ortho.unlink()
+        (folder / "ortho_config.json").unlink()
     else:
         data = bytearray(ortho.read_bytes())
         data[-1] ^= 1
@@ -298,7 +299,7 @@ def test_a_damaged_base_is_not_served(canary, tmp_path) -> None:
     shutil.copytree(canary, folder)
     base = folder / "model.safetensors"
     base.write_bytes(base.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"split/model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"split/base\.safetensors"):
         load_for_serving(folder)
 
 
@@ -503,15 +504,10 @@ def test_the_command_reloads_on_hangup_and_finishes_streams_when_told_to_leave(
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [
-            *(sys.executable, "-c", "from libortho.cli import app; app()", "serve", str(canary)),
-            *("--policy", str(policy), "--port", str(port), "--audit", str(audit)),
-            *("--name", "canary"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+        [sys.executable, "-c", "from libortho.cli import app; app()", "serve", str(canary),
+         "--policy", str(policy), "--port", str(port), "--audit", str(audit), "--name", "canary"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: _answers(f"{url}/readyz"), 240)

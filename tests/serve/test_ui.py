@@ -23,6 +23,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from libortho.serve.policy import owner_policy
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CONTRAST = Path(__file__).parent / "contrast.js"
 needs_browser = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"
 )
@@ -247,28 +248,8 @@ def test_nothing_is_cut_and_text_is_readable(shown, browser, scheme, width) -> N
     opened(browser, shown.url)
     inside = browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     assert inside, "the page scrolls sideways"
-    low = browser.execute_script(_CONTRAST)
+    low = browser.execute_script(CONTRAST.read_text())
     assert low == [], "contrast below 4.5"
-
-
-# WCAG 2 contrast of every visible piece of text against what is painted behind it.
-# ruff: noqa: E501
-_CONTRAST = """
-const parse = (c) => (c.match(/[\\d.]+/g) || []).map(Number);
-const lum = ([r, g, b]) => { const f = (v) => { v /= 255; return v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; };
-  return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
-const behind = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
-  if (c.length === 3 || c[3] === 1) return c; } return [255, 255, 255]; };
-const low = [];
-for (const e of document.querySelectorAll("body *")) {
-  const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
-  if (!own || !e.checkVisibility() || e.disabled || e.closest("svg") || e.tagName === "OPTION") continue;
-  const a = lum(parse(getComputedStyle(e).color)), b = lum(behind(e));
-  const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-  if (ratio < 4.5) low.push(`${e.tagName} ${e.textContent.trim().slice(0, 30)} ${ratio.toFixed(2)}`);
-}
-return low;
-"""
 
 
 @needs_browser

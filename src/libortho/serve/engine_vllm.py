@@ -3,8 +3,7 @@
 alpha 0 is the base itself; any other alpha is an adapter whose factors were exported at that scale.
 So only the alphas that have an adapter can be had, and an adapter that vLLM does not list as loaded
 on this base is not served. Requests say which cache they may share (`cache_salt`): a prefix that
-was computed at one alpha is never read at another, whatever vLLM makes of adapters in its cache
-keys.
+was computed at one alpha is never read at another, whatever vLLM does with adapters in its keys.
 """
 
 from __future__ import annotations
@@ -286,7 +285,7 @@ class _Upstream:
             usage = chunk.get("usage") or {}
             prompt_tokens = usage.get("prompt_tokens", prompt_tokens)
             made = usage.get("completion_tokens", made)
-            text, tokens = "", tuple[TokenLogprob, ...]()
+            text, tokens = "", ()
             for choice in chunk["choices"]:
                 text += (
                     (choice["delta"].get("content") or "") if "delta" in choice else choice["text"]
