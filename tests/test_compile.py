@@ -55,10 +55,10 @@ def test_one_graph_for_every_alpha(kind: str, storage: Storage) -> None:
     fast, x = compiled(layer), torch.randn(4, 3, COLUMNS)
     for alpha in (0.0, 1.0, 0.3, [0.0, 1.0, 0.5, 0.2], [0.0, 1.0]):
         with alpha_scope(layer, alpha):
-            torch.testing.assert_close(fast(x), layer(x), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(fast(x), layer(x), rtol=1e-5, atol=1e-5)
     for alpha in (0.7, 0.0):
         set_alpha(layer, alpha)
-        torch.testing.assert_close(fast(x), layer(x), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(fast(x), layer(x), rtol=1e-5, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 

@@ -339,7 +339,8 @@ def test_a_full_queue_is_a_429_and_nothing_is_lost(serve, loaded) -> None:
         for thread in threads:
             thread.join()
         assert outcomes.count("queue_full") >= 3
-        assert sum(isinstance(x, int) for x in outcomes) >= 3
+        # Two where all of them arrive before the first is taken from the queue.
+        assert sum(isinstance(x, int) for x in outcomes) >= 2
         assert len(outcomes) == 8
         answer = httpx2.get(f"{server.url}/metrics").text
         assert 'libortho_refused_total{code="queue_full"}' in answer
