@@ -1,4 +1,4 @@
-"""The command line: `libortho separate | tofu | eval | chat | inspect`."""
+"""The command line: `libortho separate | tofu | attack | eval | chat | inspect`."""
 
 from libortho.cli.app import app
 
