@@ -26,7 +26,7 @@ from libortho.config import Storage
 from libortho.errors import CheckpointError
 
 QUANT_METHOD: Literal["libortho"] = "libortho"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 SECTION = "quantization_config"
 
 OrthoKind = Literal["sparse", "low_rank"]
