@@ -43,7 +43,8 @@ export function drawSweep(place, sweep, alpha) {
     const values = sweep[set];
     if (!values) continue;
     const points = sweep.alphas.map((a, i) => `${x(a)},${y(values[i])}`).join(" ");
-    svg.append(shape("polyline", { class: set, points }));
+    // Between two points nothing was measured: the line only says which belong together.
+    svg.append(shape("polyline", { class: sweep.alphas.length > 2 ? set : `${set} guess`, points }));
     sweep.alphas.forEach((a, i) => svg.append(shape("circle", { class: `dot-${set}`, cx: x(a), cy: y(values[i]), r: 4.5 })));
     ends.push({ set, y: y(values.at(-1)) });
   }
