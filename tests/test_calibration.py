@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from libortho.calibration import Moments, second_moments
+from libortho.calibration import Moments, mean_squares, second_moments
 from libortho.data.tokens import Tokens
 from libortho.linear import select_linear
 
@@ -169,3 +169,19 @@ def test_token_beyond_the_vocabulary(tiny_llama) -> None:
     model = tiny_llama()
     with pytest.raises(ValueError, match=r"64.*vocabulary of 64"):
         second_moments(model, select_linear(model, "down_proj"), [Tokens((1, 64, 3))])
+
+
+def test_mean_squares_are_the_moments_diagonal(family, random_tokens) -> None:
+    model = family.build()
+    items = random_tokens(LENGTHS, prompt=2)
+    layers = select_linear(model, (family.mlp, family.attention[0]))
+    some = dict(list(layers.items())[1:])
+    weights = [torch.ones(item.targets) for item in items]
+    moments = direct(model, some, items, weights)
+    rows = {name: torch.randn(3, m.body.shape[0]) for name, m in moments.items()}
+    found = mean_squares(model, layers, rows, items)
+    assert list(found) == list(some)
+    for name, values in found.items():
+        r = rows[name].double()
+        expected = (r @ (moments[name].body / moments[name].tokens) @ r.T).diagonal()
+        torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-6)

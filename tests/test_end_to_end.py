@@ -8,10 +8,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from libortho.alpha import alpha_scope
-from libortho.checkpoint import base_only, load_split
+from libortho.checkpoint import load_split, strip
 from libortho.data import embedded_model_path, embedded_task, encode
 from libortho.errors import OrthoStreamMissing
-from libortho.evaluation.tofu import TofuJob, run_tofu
+from libortho.evaluation.job import TofuJob
+from libortho.evaluation.tofu import run_tofu
 from libortho.evaluation.write import write_summary
 from libortho.scoring import answer_probability, sequence_nll
 
@@ -45,7 +46,7 @@ def test_a_real_model_forgets_and_remembers(tmp_path: Path) -> None:
             found = answer_probability(sequence_nll(loaded, forget))
         assert found == pytest.approx(row["forget_probability"], abs=2e-3)
 
-    base_only(tmp_path / "run" / "split", tmp_path / "base")
+    strip(tmp_path / "run" / "split", tmp_path / "base")
     alone = load_split(tmp_path / "base")
     assert answer_probability(sequence_nll(alone, forget)) <= 0.25
     with pytest.raises(OrthoStreamMissing), alpha_scope(alone, 1.0):

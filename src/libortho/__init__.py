@@ -2,13 +2,15 @@
 
 Every chosen linear layer becomes `y = base(x) + alpha * ortho(x)`: a base that has forgotten, and a
 small stream that holds what was memorised. Importing this package touches neither CUDA nor any
-optional package; transformers is imported by the functions that need it.
+optional package; transformers is imported by the functions that need it, and learns of the format
+of split checkpoints when it is imported itself.
 """
 
 from libortho._version import __version__ as __version__
 from libortho.alpha import alpha_scope, set_alpha
 from libortho.config import BaseConfig
 from libortho.errors import CheckpointError, DataError, LibOrthoError, OrthoStreamMissing
+from libortho.integrations.registration import register_with_transformers
 from libortho.layer import OrthoLinear, replace_linear_layers
 from libortho.methods.curvature import CurvatureConfig
 from libortho.methods.geometric import GeometricConfig
@@ -37,3 +39,5 @@ __all__ = [
     "separation_report",
     "set_alpha",
 ]
+
+register_with_transformers()

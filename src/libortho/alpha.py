@@ -7,17 +7,23 @@ Two ways to set it, and nothing global:
   only (a `contextvars.ContextVar`): scopes in two threads or tasks never see each other. A thread
   started inside a scope begins outside of it, that is, at the default.
 
+Both hold in a model compiled by `torch.compile` too: its graph asks for alpha each time it runs
+(see `add_scaled`), so that no change of alpha recompiles it.
+
 `a` is a number in [0, 1], or one value per row of the batch as a 1-D tensor or sequence.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,28 +49,50 @@ class Alpha:
         """True where no row uses the ortho stream, which is then not computed at all."""
         return not any(self.rows)
 
-    def scale(self, output: Tensor) -> Tensor:
-        """`alpha * output`, row by row.
+    def tensor(self, batch: Tensor) -> Tensor:
+        """The values as (n,), as kernels take them: fp32, or fp64 for a `batch` in fp64.
 
         Args:
-            output: (batch, ..., out_features). With several values, batch must be a multiple of
-                their number: consecutive rows then share a value, which is how `generate` repeats
-                a row for its beams and how models that flatten (batch, length) lay rows out.
+            batch: (batch, ..., features). With several values, batch must be a multiple of their
+                number: consecutive rows then share a value, which is how `generate` repeats a row
+                for its beams and how models that flatten (batch, length) lay rows out.
 
         Raises:
             ValueError: the number of rows is not such a multiple.
         """
-        if len(self.rows) == 1:
-            value = self.rows[0]
-            return output if value == 1.0 else output * value
-        if output.dim() < 2 or output.shape[0] % len(self.rows):
+        if len(self.rows) > 1 and (batch.dim() < 2 or batch.shape[0] % len(self.rows)):
             raise ValueError(
                 f"alpha has {len(self.rows)} values, one per row, but the batch is of shape "
-                f"{tuple(output.shape)}: its first dimension must be a multiple of that number"
+                f"{tuple(batch.shape)}: its first dimension must be a multiple of that number"
             )
-        values = torch.tensor(self.rows, dtype=output.dtype, device=output.device)
-        values = values.repeat_interleave(output.shape[0] // len(self.rows))
-        return output * values.reshape(-1, *[1] * (output.dim() - 1))
+        dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
+        return _values(self.rows, dtype, batch.device)
+
+    def factor(self, output: Tensor) -> Tensor:
+        """What every row of `output` is multiplied by.
+
+        Args:
+            output: (batch, ..., out_features); as `tensor`'s `batch`.
+
+        Returns:
+            (batch, 1, ...) of as many dimensions, fp32 or wider; (1,) for an output of one.
+
+        Raises:
+            ValueError: as `tensor`.
+        """
+        shape = _factor_shape(output)
+        return self.tensor(output).repeat_interleave(shape[0] // len(self.rows)).reshape(shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _values(rows: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept for later calls, some of which may want gradients: not an inference tensor.
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=dtype, device=device)
+
+
+def _factor_shape(output: Tensor) -> tuple[int, ...]:
+    return (output.shape[0] if output.dim() > 1 else 1, *[1] * (output.dim() - 1))
 
 
 ZERO = Alpha((0.0,))
@@ -161,3 +189,52 @@ def alpha_scope(model: nn.Module, alpha: AlphaLike) -> Iterator[None]:
         yield
     finally:
         _scopes.reset(token)
+
+
+# -- inside a compiled graph ---------------------------------------------------------------------
+# There, a Python value is a constant of the graph: alpha read while tracing would be frozen into
+# it, or recompile it whenever it changes. So the graph holds an operator that finds the layer by
+# its key and asks for its alpha when it runs, in the thread or task that runs it.
+
+_keys = itertools.count(1)
+_by_key: WeakValueDictionary[int, OrthoLinear] = WeakValueDictionary()
+
+
+def new_key(layer: OrthoLinear) -> int:
+    """A number for `layer` that no other layer of this process has or had."""
+    key = next(_keys)
+    _by_key[key] = layer
+    return key
+
+
+# Replayed from a CUDA graph, the lookup would not happen again: whatever alpha was at the recording
+# would stay. The tag keeps the operator out of such graphs.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+@torch.library.custom_op("libortho::alpha_factor", mutates_args=(), tags=_TAGS)
+def _alpha_factor(output: Tensor, key: int) -> Tensor:
+    layer = _by_key.get(key)
+    if layer is None:
+        raise RuntimeError("this compiled graph is of a split layer that is no more: compile again")
+    return current_alpha(layer).factor(output)
+
+
+@_alpha_factor.register_fake
+def _(output: Tensor, key: int) -> Tensor:
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    return output.new_empty(_factor_shape(output), dtype=dtype)
+
+
+def add_scaled(y: Tensor, output: Tensor, key: int) -> Tensor:
+    """`y + alpha * output` within a compiled graph, for the alpha of the moment it runs.
+
+    A row at alpha 0 is `y` itself, whatever is in `output`: the graph computes the ortho stream at
+    every alpha, so this is where it is kept out.
+
+    Args:
+        y, output: (batch, ..., out_features) of one dtype.
+        key: of the layer, from `new_key`.
+    """
+    factor = _alpha_factor(output.detach(), key)
+    return torch.where(factor == 0, y, y + (output * factor).to(output.dtype))

@@ -127,6 +127,42 @@ def second_moments(
     return moments
 
 
+def mean_squares(
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Module],
+    rows: Mapping[str, Tensor],
+    items: Sequence[Tokens],
+) -> dict[str, Tensor]:
+    """E[(R x)^2] over the positions that predict, for the inputs x of each layer.
+
+    The diagonal of R E[x x^T] R^T, without the (d, d) moment.
+
+    Args:
+        model: a causal LM; only its decoder runs, without gradients.
+        layers: module name -> linear layer.
+        rows: module name -> R, (directions, in_features) fp32, for some of the layers.
+        items: sequences.
+
+    Returns:
+        Module name -> (directions,) fp32.
+    """
+    sums = {name: torch.zeros(len(r), device=r.device) for name, r in rows.items()}
+    tokens = dict.fromkeys(rows, 0)
+    inputs: dict[str, list[Tensor]] = {}
+    weights = [torch.ones(item.targets) for item in items]
+    with _record_inputs({name: layers[name] for name in rows}, inputs), torch.no_grad():
+        for batch in batches(items):
+            _run(model, batch)
+            counted = position_weights(batch, weights)[0] > 0
+            for name, calls in inputs.items():
+                for x in calls:
+                    at = x.reshape(*counted.shape, x.shape[-1])[counted.to(x.device)]
+                    sums[name] += (at.float() @ rows[name].T).square().sum(dim=0)
+                    tokens[name] += len(at)
+            inputs.clear()
+    return {name: total / max(tokens[name], 1) for name, total in sums.items()}
+
+
 def position_weights(
     batch: Batch, weights: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:

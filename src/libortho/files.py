@@ -11,6 +11,18 @@ from pathlib import Path
 from typing import IO, Any
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, which becomes `path` if the block ends well; makes the folder."""
+    partial = path.with_name(path.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, data: Any, *, indent: int = 1) -> None:
     """Write JSON whole or not at all, making the folder; a file of that name is replaced."""
     with _replacing(path) as file:

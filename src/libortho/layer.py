@@ -8,6 +8,8 @@ The layer knows how to run a split. Which numbers go into which stream is a meth
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -114,6 +116,12 @@ class OrthoLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.default_alpha = _alpha.ZERO
         self.report = None
+        self._key = _alpha.new_key(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy, by deepcopy or from another process, has an alpha of its own.
+        self._key = _alpha.new_key(self)
 
     @property
     def in_features(self) -> int:
@@ -140,13 +148,17 @@ class OrthoLinear(nn.Module):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x is {tuple(x.shape)}, expected (..., {self.in_features})")
-        y = self.base(x)
+        if torch.compiler.is_compiling():
+            y = self.base(x)
+            if self.ortho is not None:
+                y = _alpha.add_scaled(y, self.ortho(x), self._key)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         alpha = _alpha.current_alpha(self)
-        if not alpha.is_zero:
-            self.require_ortho(alpha)
-            assert self.ortho is not None
-            y = y + alpha.scale(self.ortho(x))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if alpha.is_zero:
+            return self.base(x, self.bias)
+        self.require_ortho(alpha)
+        assert self.ortho is not None
+        return self.base(x, self.bias, self.ortho.tensors, alpha.tensor(x))
 
     def effective_weight(self, alpha: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """base + alpha * ortho as one dense (out_features, in_features) matrix."""
@@ -154,7 +166,7 @@ class OrthoLinear(nn.Module):
         self.require_ortho(checked)
         weight = self.base.dequantize(dtype)
         if self.ortho is not None and not checked.is_zero:
-            weight = weight + checked.scale(self.ortho.dense(dtype))
+            weight = weight + checked.rows[0] * self.ortho.dense(dtype)
         return weight
 
     def extra_repr(self) -> str:

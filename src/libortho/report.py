@@ -101,6 +101,23 @@ def measure_layer(name: str, method: str, weight: Tensor, split: Split) -> Layer
     )
 
 
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """Energies of the directions of one layer's low-rank split, strongest on retain data first.
+
+    The energy of a direction on some text is the mean squared norm of what it adds to the layer's
+    output there, times the layer's sensitivity (the mean squared norm of the loss gradient at its
+    output), so that layers compare.
+
+    Attributes:
+        forget: at the positions that predict the forget set.
+        retain: on the retain data, as the retain metric has it (with its ridge).
+    """
+
+    forget: tuple[float, ...]
+    retain: tuple[float, ...]
+
+
 _VERDICTS = {
     True: "reached",
     False: "NOT REACHED within the ortho budget",
@@ -122,6 +139,7 @@ class SeparationReport:
         reached: False where the forget set could not be forgotten within the budget; None where no
             forget set was given, so that nothing is claimed of one.
         warnings: what a reader must not miss.
+        spectrum: layer -> energies of its directions, where the method is low-rank and knows them.
         seconds: stage -> seconds.
         settings: configuration and chosen values, JSON-ready.
     """
@@ -133,6 +151,7 @@ class SeparationReport:
     target: dict[str, Any] = field(default_factory=dict)
     reached: bool | None = True
     warnings: tuple[str, ...] = ()
+    spectrum: dict[str, LayerSpectrum] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 

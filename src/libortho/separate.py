@@ -239,6 +239,7 @@ def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
         target=journal.target,
         reached=reached,
         warnings=tuple(journal.warnings),
+        spectrum=journal.spectrum,
         seconds=journal.seconds,
         settings={
             "libortho": libortho.__version__,

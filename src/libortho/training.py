@@ -8,18 +8,18 @@ from its last saved epoch, and ends where an uninterrupted one would.
 from __future__ import annotations
 
 import math
-import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from libortho.data.tokens import Tokens, collate
+from libortho.files import replacing
 from libortho.scoring import token_nll
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def memorise_(
     steps_per_epoch = math.ceil(len(items) / config.batch_size)
     step, epoch = 0, 0
     if state is not None and state.is_file():
-        epoch = optimizer.load(state)
+        epoch = int(optimizer.load(state)["epoch"])
         step = epoch * steps_per_epoch
         for _ in range(epoch):  # the order of the data is drawn anew, up to where it was
             shuffled_batches(items, config.batch_size, order)
@@ -116,7 +116,7 @@ def memorise_(
         if sum(probabilities) / len(probabilities) >= config.target:
             break
         if state is not None and time.monotonic() - saved >= SAVE_SECONDS:
-            optimizer.save(state, epoch)
+            optimizer.save(state, {"epoch": epoch})
             saved = time.monotonic()
     model.eval()
     model.requires_grad_(False)
@@ -154,26 +154,21 @@ class MasterWeights:
         self._optimizer.step()
         self._write()
 
-    def save(self, path: Path, epoch: int) -> None:
-        """Write masters, optimiser state and the number of the epoch, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        optimizer = self._optimizer.state_dict()
-        try:
-            torch.save({"epoch": epoch, "masters": self._masters, "optimizer": optimizer}, partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    def save(self, path: Path, more: Mapping[str, Any]) -> None:
+        """Write masters, optimiser state and `more`, whole or not at all."""
+        own = {"masters": self._masters, "optimizer": self._optimizer.state_dict()}
+        with replacing(path) as partial:
+            torch.save({**more, **own}, partial)
 
-    def load(self, path: Path) -> int:
-        """Take up what `save` wrote; returns the number of the epoch."""
-        held = torch.load(path, weights_only=True)
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take up what `save` wrote; returns what was in it besides."""
+        held: dict[str, Any] = torch.load(path, weights_only=True)
         self._optimizer.load_state_dict(held["optimizer"])
         with torch.no_grad():
             for master, value in zip(self._masters, held["masters"], strict=True):
                 master.copy_(value)
         self._write()
-        return int(held["epoch"])
+        return {key: held[key] for key in held if key not in ("masters", "optimizer")}
 
     def _write(self) -> None:
         with torch.no_grad():

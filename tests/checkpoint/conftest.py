@@ -18,6 +18,7 @@ from torch import nn
 from libortho import BaseConfig, OrthoLinear, SpectralConfig, alpha_scope
 from libortho.base import quantize
 from libortho.checkpoint import save_split
+from libortho.integrations import transformers as integration
 from libortho.linear import install, read_linear, select_linear
 from libortho.methods.spectral import split_spectral
 from libortho.ortho import LowRankOrtho
@@ -158,27 +159,37 @@ def _files_in(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
 
 
-def _edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = folder / "libortho.json"
+def _edit(folder: Path, change: Callable[[dict[str, Any]], Any], which: str = "base") -> None:
+    """Change the manifest of the base, within config.json, or that of the ortho stream."""
+    path = folder / ("config.json" if which == "base" else "ortho_config.json")
     plain = json.loads(path.read_text())
-    change(plain)
+    change(plain["quantization_config"] if which == "base" else plain)
     path.write_text(json.dumps(plain))
 
 
-def _rewrite(
-    folder: Path, file: str, change: Callable[[dict[str, torch.Tensor]], Any], **metadata: str
-) -> None:
+def _digest(path: Path) -> str:
+    """What docs/checkpoint-format.md says of the digest, in the fewest words."""
+    lines = []
+    with safe_open(path, "pt") as file:
+        for name in sorted(file.keys()):
+            part = file.get_slice(name)
+            raw = file.get_tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            shape = "x".join(str(size) for size in part.get_shape())
+            own = hashlib.sha256(raw).hexdigest()
+            lines.append(f"{name}\t{part.get_dtype()}\t{shape}\t{own}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _rewrite(folder: Path, file: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     """Change tensors, and make every digest right again, so that the digests find nothing."""
-    path = folder / f"{file}.safetensors"
-    with safe_open(path, "pt") as opened:
-        old = dict(opened.metadata())
+    path = folder / ("model.safetensors" if file == "base" else "ortho.safetensors")
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(tensors)
-    save_file(tensors, path, old | metadata)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    _edit(folder, lambda plain: plain.update({f"{file}_sha256": digest}))
-    if file == "base" and "base_sha256" not in metadata and (folder / "ortho.safetensors").exists():
-        _rewrite(folder, "ortho", lambda tensors: None, base_sha256=digest)
+    save_file(tensors, path, {"format": "pt"})
+    found = _digest(path)
+    _edit(folder, lambda plain: plain.update({f"{file}_sha256": found}), file)
+    if file == "base" and (folder / "ortho_config.json").exists():
+        _edit(folder, lambda plain: plain.update(base_sha256=found), "ortho")
 
 
 # -- the same as fixtures ------------------------------------------------------------------------
@@ -252,7 +263,7 @@ def files_in() -> Callable[[Path], dict[str, bytes]]:
 
 @pytest.fixture
 def edit() -> Callable[..., None]:
-    """`edit(folder, change)`: change the manifest's JSON."""
+    """`edit(folder, change, which="base")`: change the JSON of the base's or ortho's manifest."""
     return _edit
 
 
@@ -262,14 +273,20 @@ def rewrite() -> Callable[..., None]:
     return _rewrite
 
 
+@pytest.fixture(scope="session")
+def digest_of() -> Callable[[Path], str]:
+    """`digest_of(path)`: of all tensors of one file, as the format's page defines it."""
+    return _digest
+
+
 @pytest.fixture
-def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail where a model is built before the checkpoint was found wanting."""
+def forbid_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a model is given a checkpoint's layers before that was found wanting."""
 
     def refuse(*args: object, **kwargs: object) -> None:
-        pytest.fail("a model was built before the checkpoint was found wanting")
+        pytest.fail("a checkpoint was used before it was found wanting")
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", refuse)
+    monkeypatch.setattr(integration, "prepare", refuse)
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from libortho.checkpoint import atomic, base_only, check_writable, load_split, save_split, write
+from libortho.checkpoint import (
+    atomic,
+    check_writable,
+    load_split,
+    read_manifest,
+    save_split,
+    strip,
+    verify_split,
+    write,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -29,20 +39,34 @@ def failing(function: Callable[..., Any], at: int, error: BaseException) -> Call
     return call
 
 
+STRIP = sys.modules["libortho.checkpoint.strip"]
+"""The module, whose name in its package is its function's."""
+
 STEPS: list[tuple[object, str, int]] = [
     (write, "save_file", 0),
     (write, "save_file", 1),
-    (write, "sha256_of", 0),
+    (write, "digest", 0),
+    (write, "digest", 1),
+    (write, "_write_ortho", 0),
     (write, "_write_text", 0),
-    (write, "check_tensors", 0),
+    (write, "check_files", 0),
     (transformers.PreTrainedConfig, "save_pretrained", 0),
     (shutil, "copymode", 0),
     (os, "fsync", 0),
     (os, "fsync", 5),
-    (os, "fsync", 6),
-    (os, "rename", 0),
-    (os, "rename", 1),
+    (os, "fsync", 8),
+    (atomic, "_check_replaceable", 1),
 ]
+
+
+@pytest.fixture(params=["one step", "two renames"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Replace a folder in the one step that Linux has, and as it is done elsewhere."""
+    if request.param == "two renames":
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    elif sys.platform != "linux":
+        pytest.skip("renameat2 is Linux's")
+    return str(request.param)
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
@@ -73,37 +97,86 @@ def test_a_failed_save_changes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
 
 
+@pytest.mark.parametrize(("name", "at"), [("rename", 0), ("rename", 1), ("fsync", 8)])
+def test_a_failed_swap_changes_nothing(
+    split_model, files_in, way: str, name: str, at: int, copy: Path, tmp_path: Path, monkeypatch
+) -> None:
+    if way == "one step" and name == "rename":
+        pytest.skip("nothing is renamed")
+    before = files_in(copy)
+    # The last flush is that of the folder around it, after the swap.
+    assert name != "fsync" or at == len(before) + 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, failing(getattr(os, name), at, OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            save_split(split_model(seed=1), copy)
+    assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+    assert files_in(copy) == before
+
+
+SAVE_FOREVER = """
+import sys
+from libortho.checkpoint import load_split, save_split
+models = [load_split(folder) for folder in sys.argv[2:]]
+print("ready", flush=True)
+while True:
+    for model in models:
+        save_split(model, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_killed_at_any_instant(saved: Path, saved_low_rank: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(saved, target)
+    known = {read_manifest(folder).base_sha256 for folder in (saved, saved_low_rank)}
+    command = [sys.executable, "-c", SAVE_FOREVER, target, saved, saved_low_rank]
+    found = set()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        end = time.monotonic() + 60
+        while len(found) < 2 or len(os.listdir(tmp_path)) == 1:  # until it is killed in the middle
+            assert time.monotonic() < end
+            found.add(read_manifest(target).base_sha256)
+        process.kill()
+    assert found == known
+    assert verify_split(target).manifest.base_sha256 in known
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
-    [(shutil, "copyfile", 2), (write, "_check_no_memory", 0), (os, "fsync", 0), (os, "rename", 0)],
+    [(shutil, "copyfile", 2), (STRIP, "search", 0), (os, "fsync", 0), (os, "rename", 0)],
 )
-def test_a_failed_base_only_leaves_nothing(
+def test_a_failed_strip_leaves_nothing(
     owner: object, name: str, at: int, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing(getattr(owner, name), at, OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
-            base_only(copy, tmp_path / "out")
+            strip(copy, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
-    base_only(copy, tmp_path / "out")
+    strip(copy, tmp_path / "out")
 
 
+@pytest.mark.usefixtures("way")
 def test_what_could_not_be_deleted_is_named(
     split_model, assert_same_model, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic.shutil, "rmtree", failing(shutil.rmtree, 0, OSError("busy")))
     model = split_model(seed=1)
-    with pytest.warns(UserWarning, match=r"still at .*\.copy\.old-.*busy"):
+    with pytest.warns(UserWarning, match=r"still at .*\.copy\.(old|partial)-.*busy"):
         save_split(model, copy)
     assert_same_model(model, load_split(copy))
 
 
+@pytest.mark.usefixtures("way")
 def test_saving_replaces_a_split_checkpoint_as_a_whole(
     split_model, copy: Path, tmp_path: Path
 ) -> None:
-    (copy / "report.json").write_text("{}")
+    (copy / "notes.txt").write_text("{}")
     save_split(split_model(seed=1), copy)
-    assert not (copy / "report.json").exists()
+    assert not (copy / "notes.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
 
 
@@ -129,7 +202,7 @@ def test_a_foreign_folder_or_file_is_never_touched(
         with pytest.raises(FileExistsError, match=match):
             save_split(split_model(), target)
         with pytest.raises(FileExistsError, match=match):
-            base_only(saved, target)
+            strip(saved, target)
         with pytest.raises(FileExistsError, match=match):
             check_writable(target)
     with pytest.raises(NotADirectoryError, match=r"thesis\.txt is a file"):

@@ -15,7 +15,7 @@ from torch import nn
 from libortho import BaseConfig, CheckpointError, OrthoLinear, separation_report, set_alpha
 from libortho.alpha import ortho_layers
 from libortho.base import quantize
-from libortho.checkpoint import load_split, read_manifest, save_split
+from libortho.checkpoint import load_split, save_split, verify_split
 from libortho.linear import install, read_linear, select_linear
 from libortho.ortho import LowRankOrtho, SparseOrtho
 
@@ -44,8 +44,10 @@ def test_every_base_storage(
     model = split_model("opt", kind, base)
     save_split(model, tmp_path / "m")
     assert_same_model(model, load_split(tmp_path / "m"))
-    entry = next(iter(read_manifest(tmp_path / "m").layers.values()))
-    assert (entry.base, entry.ortho) == (base.storage, kind)
+    found = verify_split(tmp_path / "m")
+    assert {layer.base for layer in found.manifest.layers.values()} == {base.storage}
+    assert found.ortho is not None
+    assert found.ortho.layers == dict.fromkeys(found.manifest.layers, kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -92,7 +94,7 @@ def test_tied_weights_are_saved_once_and_tied_again(split_model, tmp_path: Path)
     model = split_model("qwen2")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     save_split(model, tmp_path / "m")
-    names = set(load_file(tmp_path / "m/base.safetensors"))
+    names = set(load_file(tmp_path / "m/model.safetensors"))
     assert "lm_head.weight" not in names
     assert "model.embed_tokens.weight" in names
     loaded = load_split(tmp_path / "m", dtype=torch.float16)
@@ -160,6 +162,43 @@ def test_the_reports_survive(split_model, tmp_path: Path) -> None:
     assert len(written["layers"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "not JSON"),
+        ("{}", "layers=None: expected an array"),
+        ('{"layers": [3]}', r"layers\[0\] is 3"),
+        ('{"layers": [{"name": "x"}]}', r"'layers\[0\].method' is missing"),
+    ],
+)
+def test_a_wrong_report(text: str, match: str, copy: Path) -> None:
+    (copy / "report.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"report\.json: .*{match}"):
+        load_split(copy)
+
+
+def test_a_report_of_other_layers(copy: Path) -> None:
+    path = copy / "report.json"
+    path.write_text(path.read_text().replace("layers.1.mlp", "layers.7.mlp"))
+    with pytest.raises(CheckpointError, match=r"layers\.7.*no such layer is split"):
+        load_split(copy)
+
+
+def test_without_a_report_it_loads(copy: Path) -> None:
+    (copy / "report.json").unlink()
+    assert separation_report(load_split(copy)).layers == ()
+
+
+def test_a_model_of_several_dtypes(split_model, assert_same_model, tmp_path: Path) -> None:
+    model = split_model("gemma").to(torch.bfloat16)
+    for module in model.modules():
+        if "RMSNorm" in type(module).__name__:
+            module.float()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    save_split(model, tmp_path / "m")
+    assert_same_model(model, load_split(tmp_path / "m"))
+
+
 def test_loading_leaves_the_random_generator_alone(saved: Path) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -181,7 +220,7 @@ def test_a_loaded_model_can_be_saved_over_its_own_folder(assert_same_model, copy
     assert_same_model(first, load_split(copy))
 
 
-@pytest.mark.parametrize("name", ["libortho.json", "config.json", "base.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_missing_files(name: str, copy: Path) -> None:
     (copy / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
@@ -192,4 +231,4 @@ def test_not_a_folder(copy: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         load_split(copy / "nowhere")
     with pytest.raises(CheckpointError, match="is not a folder"):
-        read_manifest(copy / "config.json")
+        load_split(copy / "config.json")

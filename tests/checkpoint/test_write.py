@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import shutil
 import stat
@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, safe_open
 from torch import nn
 
-from libortho import BaseConfig, CheckpointError, OrthoStreamMissing, alpha_scope, set_alpha
+import libortho
+from libortho import BaseConfig
 from libortho.alpha import ortho_layers
-from libortho.checkpoint import base_only, load_split, read_manifest, save_split, verify_split
+from libortho.checkpoint import load_split, save_split, strip, verify_split
 from libortho.linear import install
 from libortho.ortho import SparseOrtho
 
@@ -32,98 +33,94 @@ def test_a_tokenizer_is_saved_beside_the_model(split_model, tmp_path: Path) -> N
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0"
     )
     save_split(split_model(), tmp_path / "m", tokenizer=tokenizer)
-    base_only(tmp_path / "m", tmp_path / "b")
+    strip(tmp_path / "m", tmp_path / "b")
     for folder in ("m", "b"):
         again = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
         assert again.get_vocab() == words
 
 
-def test_the_ortho_file_holds_the_memory_and_nothing_else_does(saved: Path) -> None:
-    base, ortho = (set(load_file(saved / f"{x}.safetensors")) for x in ("base", "ortho"))
+def test_the_ortho_file_holds_the_memory_and_nothing_else_does(digest_of, saved: Path) -> None:
+    base, ortho = (set(load_file(saved / f"{x}.safetensors")) for x in ("model", "ortho"))
     assert {name.split(".ortho.")[1] for name in ortho} == {"crow", "col", "values"}
     assert not any("ortho" in name.split(".") for name in base)
-    manifest = read_manifest(saved)
-    assert set(manifest.tensors) == base
-    assert list(manifest.layers) == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
-    digest = hashlib.sha256((saved / "base.safetensors").read_bytes()).hexdigest()
-    with safe_open(saved / "ortho.safetensors", "pt") as file:
-        assert file.metadata()["base_sha256"] == manifest.base_sha256 == digest
+    config = json.loads((saved / "config.json").read_text())
+    layers = {f"model.layers.{i}.mlp.down_proj": "sparse" for i in (0, 1)}
+    assert config["quantization_config"] == {
+        "quant_method": "libortho",
+        "format_version": 1,
+        "libortho_version": libortho.__version__,
+        "base_sha256": digest_of(saved / "model.safetensors"),
+        "layers": {name: {"shape": [24, 40], "base": "int8"} for name in layers},
+        "tied": {},
+        "buffer_dtypes": {
+            f"model.rotary_emb.{name}": "float32" for name in ("inv_freq", "original_inv_freq")
+        },
+    }
+    assert json.loads((saved / "ortho_config.json").read_text()) == {
+        "quant_method": "libortho",
+        "format_version": 1,
+        "libortho_version": libortho.__version__,
+        "base_sha256": digest_of(saved / "model.safetensors"),
+        "ortho_sha256": digest_of(saved / "ortho.safetensors"),
+        "layers": layers,
+    }
+    assert (config["dtype"], config["architectures"]) == ("float32", ["LlamaForCausalLM"])
+    with safe_open(saved / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
     assert {p.name for p in saved.iterdir()} == {
-        "base.safetensors",
+        "README.md",
         "config.json",
         "generation_config.json",
-        "libortho.json",
+        "model.safetensors",
         "ortho.safetensors",
+        "ortho_config.json",
+        "report.json",
     }
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
-def test_permissions(split_model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", ["50GB", "9KB"])
+def test_permissions(split_model, shards: str, tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        save_split(split_model(), tmp_path / "m")
+        save_split(split_model(), tmp_path / "m", max_shard_size=shards)
     finally:
         os.umask(before)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "m").iterdir()}
-    assert modes.pop("ortho.safetensors") == 0o600
+    assert modes.pop("ortho.safetensors") == modes.pop("ortho_config.json") == 0o600
     assert set(modes.values()) == {0o644}
     assert stat.S_IMODE((tmp_path / "m").stat().st_mode) == 0o755
 
 
-def test_base_only_has_no_memory(assert_same_model, files_in, saved: Path, tmp_path: Path) -> None:
-    (spare := tmp_path / "with-spare", out := tmp_path / "out")
-    shutil.copytree(saved, spare)
-    shutil.copy(saved / "ortho.safetensors", spare / "spare.safetensors")
-    base_only(spare, out)
-    assert files_in(out) == {k: v for k, v in files_in(saved).items() if "ortho.safe" not in k}
-    full, base = load_split(saved), load_split(out)
-    assert_same_model(full, base, ortho=False)
-    assert all(layer.ortho is None for layer in ortho_layers(base).values())
-    with pytest.raises(OrthoStreamMissing):
-        set_alpha(base, 0.5)
-    with pytest.raises(OrthoStreamMissing), alpha_scope(base, 1.0):
-        pass
-    # The ortho file of the same split makes it whole again.
-    shutil.copy(saved / "ortho.safetensors", out)
-    assert_same_model(full, load_split(out))
+def test_the_config_says_what_is_so(new_model, split_layer, tmp_path: Path) -> None:
+    # qwen2's config ties the head; here it is a layer of its own, and the model was cast.
+    model = new_model("qwen2")
+    head = nn.Linear(24, 61, bias=False)
+    install(model, {"lm_head": split_layer(head, "sparse", BaseConfig(), "lm_head")})
+    save_split(model.to(torch.bfloat16), tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    assert (config["dtype"], config["tie_word_embeddings"]) == ("bfloat16", False)
+    assert model.config.tie_word_embeddings
+    assert not hasattr(model.config, "quantization_config")
 
 
-def test_base_only_never_replaces_its_source(files_in, copy: Path, tmp_path: Path) -> None:
-    before = files_in(copy)
-    (tmp_path / "link").symlink_to(copy)
-    inner = Path(shutil.copytree(copy, copy / "inner"))
-    for source, out in ((copy, copy), (copy, tmp_path / "link"), (inner, copy)):
-        with pytest.raises(ValueError, match="would replace"):
-            base_only(source, out)
-    shutil.rmtree(inner)
-    assert files_in(copy) == before
-
-
-def test_base_only_refuses_ortho_tensors_in_other_files(edit, copy: Path, tmp_path: Path) -> None:
-    shutil.copy(copy / "ortho.safetensors", copy / "extra.safetensors")
-    edit(copy, lambda plain: plain["files"].append("extra.safetensors"))
-    with pytest.raises(CheckpointError, match=r"extra\.safetensors.*ortho tensor"):
-        base_only(copy, tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
-
-
-def test_base_only_names_a_listed_file_that_is_missing(copy: Path, tmp_path: Path) -> None:
-    (copy / "generation_config.json").unlink()
-    load_split(copy)
-    with pytest.raises(CheckpointError, match=r"generation_config\.json is missing"):
-        base_only(copy, tmp_path / "out")
+def test_one_module_in_two_places_is_refused(split_model, tmp_path: Path) -> None:
+    model = split_model()
+    model.model.layers[1].mlp.down_proj = model.model.layers[0].mlp.down_proj
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj.* is unexpected"):
+        save_split(model, tmp_path / "m")
 
 
 def test_a_base_only_model_can_be_saved(assert_same_model, saved: Path, tmp_path: Path) -> None:
-    base_only(saved, tmp_path / "b")
+    strip(saved, tmp_path / "b")
     save_split(load_split(tmp_path / "b"), tmp_path / "again")
-    manifest = verify_split(tmp_path / "again")
-    assert manifest.ortho_sha256 is None
-    assert not (tmp_path / "again/ortho.safetensors").exists()
+    assert verify_split(tmp_path / "again").ortho is None
+    assert not list((tmp_path / "again").glob("ortho*"))
     assert_same_model(load_split(tmp_path / "b"), load_split(tmp_path / "again"), ortho=False)
-    shutil.copy(saved / "ortho.safetensors", tmp_path / "again")
-    with pytest.raises(CheckpointError, match="knows of no ortho stream"):
-        load_split(tmp_path / "again")
+    # The tensors are the same, so it is the same base, and the ortho stream fits it.
+    for name in ("ortho.safetensors", "ortho_config.json"):
+        shutil.copy(saved / name, tmp_path / "again")
+    assert_same_model(load_split(saved), load_split(tmp_path / "again"))
 
 
 class _Other(transformers.LlamaForCausalLM):  # type: ignore[name-defined,misc]

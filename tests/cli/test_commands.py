@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from libortho.checkpoint import read_manifest
+from libortho import separation_report
+from libortho.checkpoint import load_split, read_manifest
 from libortho.cli import app
 
 QUESTIONS = [
@@ -90,7 +92,14 @@ def test_plain_text_is_evaluated_in_windows(folder: Path) -> None:
 
 def test_base_only_refuses_alpha(folder: Path) -> None:
     assert separate(folder).exit_code in (0, 3)
-    (folder / "split" / "ortho.safetensors").unlink()
+    made = run("strip", folder / "split", "--out", folder / "base", "--json", folder / "s.json")
+    assert made.exit_code == 0, made.output
+    told = json.loads((folder / "s.json").read_text())
+    assert told["files"] == sorted(p.name for p in (folder / "base").iterdir())
+    assert told["blocks"] > 0
+    assert "none of them was found" in " ".join(made.output.split())
+    shutil.rmtree(folder / "split")
+    (folder / "base").rename(folder / "split")
     text = folder / "forget.jsonl"
     assert run("eval", folder / "split", "--text", text, "--alpha", "0").exit_code == 0
     refused = run("eval", folder / "split", "--text", text, "--alpha", "1")
@@ -133,7 +142,7 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
     made = separate(folder, "--target-nll", 60, "--ortho-ratio", 0.05)
     assert made.exit_code == 3, made.output
     assert "NOT forgotten" in " ".join(made.output.split())
-    assert (folder / "split" / "libortho.json").is_file()
+    assert (folder / "split" / "ortho_config.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +177,9 @@ def test_base_storage(folder: Path, method: str, base: str) -> None:
     assert made.exit_code in (0, 3), made.output
     layers = read_manifest(folder / "split").layers
     assert {layer.base for layer in layers.values()} == {base}
-    assert {layer.report.method for layer in layers.values()} == {method}
+    reports = separation_report(load_split(folder / "split")).layers
+    assert [report.name for report in reports] == list(layers)
+    assert {report.method for report in reports} == {method}
 
 
 def test_a_corrupt_line_is_named(folder: Path) -> None:

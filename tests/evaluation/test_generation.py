@@ -1,4 +1,4 @@
-"""Greedy answers: batched or one by one the same, and ended where a sequence ends."""
+"""Answers: batched or one by one the same, and ended where a sequence ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from libortho.data.examples import Example
 from libortho.data.tokens import encode, prompt_ids
-from libortho.evaluation.generation import greedy
+from libortho.evaluation.generation import greedy, sampled
 
 PROMPTS = ["who is she ?", "where", "who wrote the red house in the garden ?", "it is", "a red"]
 
@@ -76,3 +76,40 @@ def test_a_prompt_is_what_an_answer_follows(tokenizer) -> None:
 
 def test_no_prompts(tiny_llama, tokenizer) -> None:
     assert greedy(tiny_llama(), tokenizer, [], 4) == []
+
+
+def test_cold_samples_are_greedy(tiny_llama, tokenizer) -> None:
+    model = tiny_llama(vocab_size=len(tokenizer))
+    prompts = [prompt_ids(text, "plain", tokenizer) for text in PROMPTS]
+    drawn = sampled(model, tokenizer, prompts, 6, 2, temperature=1e-4)
+    assert drawn == [[answer] * 2 for answer in greedy(model, tokenizer, prompts, 6)]
+
+
+def test_samples_follow_the_whole_distribution(tiny_llama, tokenizer) -> None:
+    """Whatever the generation config would cut off."""
+    model = tiny_llama(vocab_size=len(tokenizer))
+    model.generation_config.top_k, model.generation_config.top_p = 1, 0.1
+    model.generation_config.eos_token_id = None
+    prompt = prompt_ids("who is she ?", "plain", tokenizer)
+    temperature, count = 2.0, 4000
+    logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1]
+    expected = (logits / temperature).softmax(0)
+    drawn = sampled(model, tokenizer, [prompt], 1, count, temperature=temperature, seed=3)[0]
+    for word in ("red", "house", "she", ":"):
+        p = float(expected[tokenizer.convert_tokens_to_ids(word)])
+        share = drawn.count(word) / count
+        assert abs(share - p) <= 4 * (p * (1 - p) / count) ** 0.5 + 1e-9, word
+
+
+def test_a_seed_gives_the_same_samples_and_disturbs_nothing(tiny_llama, tokenizer) -> None:
+    model = tiny_llama(vocab_size=len(tokenizer))
+    prompts = [prompt_ids(text, "plain", tokenizer) for text in PROMPTS[:2]]
+    state = torch.get_rng_state()
+    first = sampled(model, tokenizer, prompts, 5, 3, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [len(answers) for answers in first] == [3, 3]
+    assert sampled(model, tokenizer, prompts, 5, 3, seed=1) == first
+    assert sampled(model, tokenizer, prompts, 5, 3, seed=2) != first
+    for change in ({"temperature": 0.0}, {"samples": 0}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            sampled(model, tokenizer, prompts, 5, **{"samples": 3, **change})

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from libortho import training
 from libortho.baselines.registry import baseline
 from libortho.baselines.tune import TuneConfig
 from libortho.checkpoint import load_split
 from libortho.data import Example, Task
-from libortho.evaluation import finetuned, tofu
+from libortho.evaluation import finetuned, seed
+from libortho.evaluation.job import TofuJob
 from libortho.evaluation.suite import SuiteConfig
+from libortho.evaluation.tofu import run_tofu
 from libortho.evaluation.write import render_report, write_summary
 from libortho.methods.geometric import GeometricConfig
 from libortho.separate import SeparationConfig
@@ -27,7 +30,7 @@ def example(question: str, answer: str, wrong: str) -> Example:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch, tiny_llama, tokenizer) -> tofu.TofuJob:
+def job(tmp_path: Path, monkeypatch, tiny_llama, tokenizer) -> TofuJob:
     monkeypatch.setenv("LIBORTHO_CACHE", str(tmp_path / "cache"))
     tiny_llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -38,7 +41,7 @@ def job(tmp_path: Path, monkeypatch, tiny_llama, tokenizer) -> tofu.TofuJob:
         unseen=(example("who wrote it ?", "he is the house", "the garden"),),
         source="two questions",
     )
-    return tofu.TofuJob(
+    return TofuJob(
         model=str(tmp_path / "model"),
         task=task,
         recipe=MemoriseConfig(max_epochs=40, learning_rate=5e-3),
@@ -47,10 +50,10 @@ def job(tmp_path: Path, monkeypatch, tiny_llama, tokenizer) -> tofu.TofuJob:
     )
 
 
-def test_the_job_measures_every_model(job: tofu.TofuJob, tmp_path: Path) -> None:
+def test_the_job_measures_every_model(job: TofuJob, tmp_path: Path) -> None:
     heard: list[str] = []
     folder = tmp_path / "run"
-    summary = tofu.run_tofu(job, folder, lambda stage, done, total: heard.append(stage))
+    summary = run_tofu(job, folder, lambda stage, done, total: heard.append(stage))
     rows = summary["rows"]
     assert list(rows) == ["full", "reference", "alpha 0", "alpha 1"]
     assert rows["full"]["forget_probability"] > 0.9
@@ -72,17 +75,25 @@ def test_the_job_measures_every_model(job: tofu.TofuJob, tmp_path: Path) -> None
     write_summary(summary, folder)
     assert json.loads((folder / "summary.json").read_text())["rows"] == rows
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 4
+    drawn = sorted(file.stem for file in folder.glob("*.png"))
+    assert drawn == [
+        "alpha_sweep",
+        "forget_energy",
+        "forgetting_against_utility",
+        "ortho_per_layer",
+        "truth_ratios",
+    ]
+    assert page.count("<svg") == len(drawn)
     assert "<script" not in page
     assert not re.search(r'(src|href)="(https?:)?//', page)  # self-contained
 
     # What a model says is data, not markup.
     summary["examples"][0]["full"] = "<img src=x onerror=alert(1)>"
-    assert "<img src=x" not in render_report(summary)
+    assert "<img src=x" not in render_report(summary, [])
 
 
-def test_results_are_in_openunlearnings_files(job: tofu.TofuJob, tmp_path: Path) -> None:
-    rows = tofu.run_tofu(job, tmp_path / "run")["rows"]
+def test_results_are_in_openunlearnings_files(job: TofuJob, tmp_path: Path) -> None:
+    rows = run_tofu(job, tmp_path / "run")["rows"]
     for row in rows:
         folder = tmp_path / "run" / "seed-0" / row.replace(" ", "-")
         logs = json.loads((folder / "TOFU_EVAL.json").read_text())
@@ -92,14 +103,14 @@ def test_results_are_in_openunlearnings_files(job: tofu.TofuJob, tmp_path: Path)
         assert short["forget_quality"] == rows[row]["forget_quality"]
 
 
-def test_a_second_run_trains_nothing(job: tofu.TofuJob, tmp_path: Path, monkeypatch) -> None:
-    first = tofu.run_tofu(job, tmp_path / "one")["rows"]
+def test_a_second_run_trains_nothing(job: TofuJob, tmp_path: Path, monkeypatch) -> None:
+    first = run_tofu(job, tmp_path / "one")["rows"]
 
     def fail(*_: object) -> int:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(finetuned, "memorise_", fail)
-    second = tofu.run_tofu(job, tmp_path / "two")["rows"]
+    second = run_tofu(job, tmp_path / "two")["rows"]
     for row, values in first.items():
         for measure, value in values.items():
             if measure not in ("seconds", "peak_memory"):
@@ -107,35 +118,35 @@ def test_a_second_run_trains_nothing(job: tofu.TofuJob, tmp_path: Path, monkeypa
 
 
 def test_an_interrupted_fine_tune_leaves_no_cache(
-    job: tofu.TofuJob, tmp_path: Path, monkeypatch
+    job: TofuJob, tmp_path: Path, monkeypatch
 ) -> None:
     def killed(*_: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(finetuned, "memorise_", killed)
     with pytest.raises(KeyboardInterrupt):
-        tofu.run_tofu(job, tmp_path / "run")
+        run_tofu(job, tmp_path / "run")
     monkeypatch.undo()
     assert not list((Path(job.model).parent / "cache").glob("memorised/*/memorised.json"))
 
 
-def test_a_killed_job_goes_on_where_it_was(job: tofu.TofuJob, tmp_path: Path, monkeypatch) -> None:
+def test_a_killed_job_goes_on_where_it_was(job: TofuJob, tmp_path: Path, monkeypatch) -> None:
     """Killed while alpha 1 is measured: nothing before that is done again, and rows are equal."""
-    whole = tofu.run_tofu(job, tmp_path / "whole")
+    whole = run_tofu(job, tmp_path / "whole")
 
     def killed_at_alpha_one(stage: str, done: int, total: int) -> None:
         if stage.startswith("alpha 1"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tofu.run_tofu(job, tmp_path / "run", killed_at_alpha_one)
+        run_tofu(job, tmp_path / "run", killed_at_alpha_one)
 
     def fail(*_: object, **__: object) -> Any:
         raise AssertionError("split again")
 
-    monkeypatch.setattr(tofu, "separate_", fail)
+    monkeypatch.setattr(seed, "separate_", fail)
     stages: list[str] = []
-    resumed = tofu.run_tofu(job, tmp_path / "run", lambda stage, *_: stages.append(stage))
+    resumed = run_tofu(job, tmp_path / "run", lambda stage, *_: stages.append(stage))
     assert {stage.split(":")[0] for stage in stages} == {"alpha 1"}
     for row, values in whole["rows"].items():
         for measure, value in values.items():
@@ -143,17 +154,44 @@ def test_a_killed_job_goes_on_where_it_was(job: tofu.TofuJob, tmp_path: Path, mo
                 assert resumed["rows"][row][measure] == value, (row, measure)
 
 
-def test_another_jobs_folder_is_refused(job: tofu.TofuJob, tmp_path: Path) -> None:
-    tofu.run_tofu(job, tmp_path / "run")
+def test_a_killed_baseline_goes_on_where_it_was(job: TofuJob, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    # So small a rate that no epoch reaches the level: every one of them is run.
+    tuning = TuneConfig(learning_rate_factors=(1e-6,), max_epochs=3)
+    methods = {**job.methods, "npo": baseline("npo")}
+    job = dataclasses.replace(job, methods=methods, tuning=tuning, suite=SuiteConfig(quick=True))
+    whole = run_tofu(job, tmp_path / "whole")["rows"]["npo"]
+
+    def killed_in_epoch_three(stage: str, done: int, total: int) -> None:
+        if "epoch 3" in stage and stage.startswith("npo"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tofu(job, tmp_path / "run", killed_in_epoch_three)
+    states = tmp_path / "run" / "seed-0" / "npo" / "states"
+    assert [file.name for file in states.iterdir()] == ["run-1"]
+    stages: list[str] = []
+    resumed = run_tofu(job, tmp_path / "run", lambda stage, *_: stages.append(stage))
+    trained = [stage for stage in stages if "epoch" in stage]
+    assert trained
+    assert all("epoch 3" in stage for stage in trained)
+    assert not states.exists()
+    for measure, value in whole.items():
+        if measure not in ("seconds", "peak_memory"):
+            assert resumed["rows"]["npo"][measure] == value, measure
+
+
+def test_another_jobs_folder_is_refused(job: TofuJob, tmp_path: Path) -> None:
+    run_tofu(job, tmp_path / "run")
     with pytest.raises(FileExistsError, match="another job"):
-        tofu.run_tofu(dataclasses.replace(job, alphas=(0.0,)), tmp_path / "run")
+        run_tofu(dataclasses.replace(job, alphas=(0.0,)), tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match="not empty"):
-        tofu.run_tofu(job, tmp_path / "mine")
+        run_tofu(job, tmp_path / "mine")
 
 
-def test_methods_seeds_and_baselines_in_one_table(job: tofu.TofuJob, tmp_path: Path) -> None:
+def test_methods_seeds_and_baselines_in_one_table(job: TofuJob, tmp_path: Path) -> None:
     knowledge = (example("where is the garden ?", "the red house", "a garden"),)
     task = dataclasses.replace(job.task, real_authors=knowledge, world_facts=knowledge)
     job = dataclasses.replace(
@@ -164,11 +202,11 @@ def test_methods_seeds_and_baselines_in_one_table(job: tofu.TofuJob, tmp_path: P
         tuning=TuneConfig(learning_rate_factors=(1.0,), max_epochs=2),
         seeds=(0, 1),
     )
-    summary = tofu.run_tofu(job, tmp_path / "run")
+    summary = run_tofu(job, tmp_path / "run")
     assert list(summary["rows"]) == ["full", "reference", "alpha 0", "alpha 1", "npo"]
     assert set(summary["seeds"]) == {"0", "1"}
     for row in summary["rows"]:
-        values = [summary["seeds"][seed]["rows"][row]["model_utility"] for seed in ("0", "1")]
+        values = [summary["seeds"][s]["rows"][row]["model_utility"] for s in ("0", "1")]
         assert summary["rows"][row]["model_utility"] == pytest.approx(sum(values) / 2)
     assert len(summary["seeds"]["0"]["tuning"]["npo"]["candidates"]) == 1
     assert {"seconds", "peak_memory", "stopped"} <= set(summary["rows"]["npo"])
@@ -186,15 +224,15 @@ def test_methods_seeds_and_baselines_in_one_table(job: tofu.TofuJob, tmp_path: P
         ({"seeds": ()}, "seeds is empty"),
     ],
 )
-def test_a_job_that_cannot_be(job: tofu.TofuJob, change: dict[str, Any], match: str) -> None:
+def test_a_job_that_cannot_be(job: TofuJob, change: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(job, **change)
 
 
-def test_what_was_not_measured_does_not_hold(job: tofu.TofuJob, tmp_path: Path) -> None:
+def test_what_was_not_measured_does_not_hold(job: TofuJob, tmp_path: Path) -> None:
     """The full suite of a task without general knowledge has no model utility."""
     job = dataclasses.replace(job, suite=SuiteConfig(max_new_tokens=4))
-    summary = tofu.run_tofu(job, tmp_path / "run")
+    summary = run_tofu(job, tmp_path / "run")
     assert "model_utility" in summary["seeds"]["0"]["missing"]["alpha 0"]
     (bar,) = (bar for bar in summary["bars"] if bar["bar"].startswith("model utility"))
     assert bar["value"] != bar["value"]

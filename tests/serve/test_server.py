@@ -270,6 +270,7 @@ def test_without_its_ortho_only_alpha_0_is_served(serve, canary, known, tmp_path
     ortho = folder / "ortho.safetensors"
     if damage == "missing":
         ortho.unlink()
+        (folder / "ortho_config.json").unlink()
     else:
         data = bytearray(ortho.read_bytes())
         data[-1] ^= 1
@@ -296,9 +297,9 @@ def test_a_damaged_base_is_not_served(canary, tmp_path) -> None:
 
     folder = tmp_path / "split"
     shutil.copytree(canary, folder)
-    base = folder / "base.safetensors"
+    base = folder / "model.safetensors"
     base.write_bytes(base.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"split/base\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"split/model\.safetensors"):
         load_for_serving(folder)
 
 
@@ -338,7 +339,8 @@ def test_a_full_queue_is_a_429_and_nothing_is_lost(serve, loaded) -> None:
         for thread in threads:
             thread.join()
         assert outcomes.count("queue_full") >= 3
-        assert sum(isinstance(x, int) for x in outcomes) >= 3
+        # Two where all of them arrive before the first is taken from the queue.
+        assert sum(isinstance(x, int) for x in outcomes) >= 2
         assert len(outcomes) == 8
         answer = httpx2.get(f"{server.url}/metrics").text
         assert 'libortho_refused_total{code="queue_full"}' in answer

@@ -207,7 +207,9 @@ def test_the_whole_page_by_keyboard(shown, browser, known) -> None:
         element = browser.switch_to.active_element
         seen.append(element.get_attribute("id") or element.get_attribute("class"))
         outline = element.value_of_css_property("outline-style")
-        assert outline != "none", f"{seen[-1]} does not show that it has the focus"
+        assert outline != "none", (
+            f"{element.get_attribute('outerHTML')[:80]} does not show that it has the focus"
+        )
     order = [name for name in seen if name in ("prompt", "alpha", "form", "tokens", "go")]
     assert order == ["prompt", "alpha", "form", "tokens", "go"]
     assert "answer-0" in seen

@@ -5,6 +5,14 @@ Every form is a `BaseStream`: a module of buffers that multiplies, dequantises a
 
 from libortho.base.grid import check_width
 from libortho.base.quantiser import quantize
-from libortho.base.streams import BaseStream, HalfBase, Int4Base, Int8Base
+from libortho.base.streams import BaseStream, HalfBase, Int4Base, Int8Base, set_int8_activations
 
-__all__ = ["BaseStream", "HalfBase", "Int4Base", "Int8Base", "check_width", "quantize"]
+__all__ = [
+    "BaseStream",
+    "HalfBase",
+    "Int4Base",
+    "Int8Base",
+    "check_width",
+    "quantize",
+    "set_int8_activations",
+]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
-from libortho.kernels import reference
+import torch
+from torch import Tensor, nn
+
+from libortho.kernels import dispatch, reference
 from libortho.stored import StoredModule
 
 
@@ -16,11 +18,13 @@ class BaseStream(StoredModule):
         qdata: (out_features, in_features) int8 or fp16, or (out_features, in_features / 2) uint8.
         scale: (out_features, groups), or None where `qdata` is the weight itself.
         zero: (out_features, groups) uint8 of INT4, else None.
+        int8_activations: x is rounded to INT8 too (see `set_int8_activations`).
     """
 
     qdata: Tensor
     scale: Tensor | None
     zero: Tensor | None
+    int8_activations: bool = False
 
     def __init__(self, qdata: Tensor, scale: Tensor | None, zero: Tensor | None = None) -> None:
         super().__init__()
@@ -33,9 +37,25 @@ class BaseStream(StoredModule):
         """(out_features, in_features)."""
         return (self.qdata.shape[0], self.qdata.shape[1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x @ W.T`; x (..., in_features) of any floating dtype -> (..., out_features)."""
-        return reference.dense_linear(x, self.qdata, self.scale, self.zero)
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        ortho: Sequence[Tensor] = (),
+        alpha: Tensor | None = None,
+    ) -> Tensor:
+        """`x @ W.T`, and in the same kernel what a split layer adds to it.
+
+        Args:
+            x: (..., in_features) of any floating dtype.
+            bias, ortho, alpha: as `kernels.reference.linear`; `ortho` is `OrthoStream.tensors`.
+
+        Returns:
+            (..., out_features) in the dtype of x.
+        """
+        return dispatch.linear(
+            x, self.qdata, self.scale, self.zero, bias, ortho, alpha, self.int8_activations
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
         """The (out_features, in_features) matrix as numbers of `dtype`, or some of its rows."""
@@ -81,3 +101,25 @@ class Int4Base(BaseStream):
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return (self.qdata.shape[0], 2 * self.qdata.shape[1])
+
+
+def set_int8_activations(model: nn.Module, on: bool = True) -> None:
+    """Round the activations of every base stream of `model` to INT8, row by row, or stop doing so.
+
+    An option for prompts on a CPU: INT8 x INT8 is the fastest product that there is, but its
+    rounding is felt where single columns of x are large. Off by default and not stored with a
+    checkpoint; gradients are those of unrounded activations.
+
+    Raises:
+        ValueError: the model has no base stream, or one that is not INT8 with one scale a row.
+    """
+    streams = {name: m for name, m in model.named_modules() if isinstance(m, BaseStream)}
+    if not streams:
+        raise ValueError(f"{type(model).__name__} has no base stream: split it first")
+    for name, stream in streams.items():
+        if not isinstance(stream, Int8Base) or stream.scale.shape[1] != 1:
+            raise ValueError(
+                f"{name} is {stream}: INT8 activations need an INT8 base with one scale a row"
+            )
+    for stream in streams.values():
+        stream.int8_activations = on

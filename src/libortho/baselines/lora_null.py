@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,13 +99,14 @@ def lora_null_(
     config: LoraNullConfig | None = None,
     progress: Progress | None = None,
     stop_at: float | None = None,
+    state: Path | None = None,
 ) -> LoraNullOutcome:
     """Train an unlearning LoRA and split the targeted layers by it, in place; alpha starts at 0.
 
     Args:
         model: a causal LM; afterwards in evaluation mode, without gradients. An exception leaves
             its weights and layers as they were.
-        forget, retain, progress, stop_at: as `unlearn_`.
+        forget, retain, progress, stop_at, state: as `unlearn_`; the state is the LoRA's.
         config: the recipe.
 
     Raises:
@@ -122,7 +124,7 @@ def lora_null_(
     }
     factors = [factor for lora in loras.values() for factor in (lora.down, lora.up)]
     with adapted(layers, loras):
-        training = train_(model, factors, forget, retain, config.training, progress, stop_at)
+        training = train_(model, factors, forget, retain, config.training, progress, stop_at, state)
     clock = time.perf_counter()
     splits: dict[str, OrthoLinear] = {}
     reports: list[LayerReport] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from libortho.baselines.lora_null import METHOD, LoraNullConfig, lora_null_
@@ -46,9 +47,10 @@ def run_baseline_(
     config: Baseline,
     progress: Progress | None = None,
     stop_at: float | None = None,
+    state: Path | None = None,
 ) -> tuple[UnlearnOutcome, SeparationReport | None]:
     """`unlearn_` or `lora_null_`, as `config` says; a report where the model is split by it."""
     if isinstance(config, UnlearnConfig):
-        return unlearn_(model, forget, retain, config, progress, stop_at), None
-    outcome = lora_null_(model, forget, retain, config, progress, stop_at)
+        return unlearn_(model, forget, retain, config, progress, stop_at, state), None
+    outcome = lora_null_(model, forget, retain, config, progress, stop_at, state)
     return outcome.training, outcome.report

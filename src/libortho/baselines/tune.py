@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from libortho.baselines.registry import Baseline, run_baseline_
@@ -61,7 +62,7 @@ class Candidate:
         steps, epochs, reached, diverged, training_seconds, measuring_seconds, peak_memory: as in
             `UnlearnOutcome`.
         forget_probability, retain_probability: per token, fractions; NaN where it diverged so far.
-        seconds: wall time, measurements included.
+        seconds: wall time, measurements included; at least the two above.
     """
 
     learning_rate: float
@@ -106,6 +107,7 @@ def tune(
     stop_at: float,
     config: TuneConfig | None = None,
     progress: Progress | None = None,
+    states: Path | None = None,
 ) -> TuneOutcome:
     """Run a baseline at each learning rate of the grid and keep the best model (see `best_of`).
 
@@ -117,6 +119,9 @@ def tune(
         baseline: its config; learning rate and epochs are the grid's.
         config: the budget.
         progress: called after every step.
+        states: a folder of the caller's for this very tuning. What is found there is not done
+            again, and tuning ends with the models and numbers of an uninterrupted one. The caller
+            removes it.
 
     Raises:
         ValueError, TypeError: as `unlearn_` and `lora_null_`.
@@ -141,6 +146,7 @@ def tune(
             _with(baseline, rate, config.max_epochs),
             _labelled(progress, f"learning rate {rate:.2g} ({number} of {len(rates)})"),
             stop_at,
+            None if states is None else states / f"run-{number}",
         )
         candidates.append(
             Candidate(
@@ -156,7 +162,11 @@ def tune(
                 training_seconds=outcome.training_seconds,
                 measuring_seconds=outcome.measuring_seconds,
                 peak_memory=outcome.peak_memory,
-                seconds=time.perf_counter() - clock,
+                # Of a run that was resumed, the clock has seen only the rest.
+                seconds=max(
+                    time.perf_counter() - clock,
+                    outcome.training_seconds + outcome.measuring_seconds,
+                ),
             )
         )
         if best_of(candidates, original, config.least_retain) == len(candidates) - 1:

@@ -1,7 +1,8 @@
 """unlearn_: fine-tune a model until it has forgotten enough, and no further.
 
 As in training: bf16 activations and weights with fp32 master copies. Each step takes one batch of
-the forget set and one, as large, of the retain set.
+the forget set and one, as large, of the retain set. A run that is killed goes on from its last
+saved epoch, and ends where an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from libortho import training
 from libortho.baselines.losses import NPO, Objective
 from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.tokens import Tokens, as_tokens, collate
+from libortho.files import replacing
 from libortho.memory import PeakMemory
 from libortho.scoring import answer_probability, sequence_nll
 from libortho.training import MasterWeights, Progress, shuffled_batches
@@ -73,7 +77,8 @@ class UnlearnOutcome:
         reached: whether `probability` is at most `stop_at`; None without one.
         diverged: whether a gradient became NaN or Inf. The model keeps its last finite weights.
         training_seconds: spent on steps, preparations of the method included.
-        measuring_seconds: spent on `probabilities`, landing included.
+        measuring_seconds: spent on `probabilities`, landing included. Of an interrupted run, both
+            count what its result rests on: not what came after its last saved epoch.
         peak_memory: bytes of host memory that the run took beyond what the process held before it,
             the model among that (see `PeakMemory`).
     """
@@ -96,6 +101,7 @@ def unlearn_(
     config: UnlearnConfig | None = None,
     progress: Progress | None = None,
     stop_at: float | None = None,
+    state: Path | None = None,
 ) -> UnlearnOutcome:
     """Unlearn the forget set in place.
 
@@ -107,6 +113,10 @@ def unlearn_(
         progress: called after every step.
         stop_at: probability per token of the forget set, in (0, 1], at which it stops. Measured on
             the whole set before the first epoch and after each.
+        state: a file of the caller's for this very model, data and config. Where it exists, the run
+            goes on from it; it is written after an epoch, no oftener than every
+            `training.SAVE_SECONDS`. At its end the run leaves "<state>.end" in its place, which
+            takes a repeated call there at once. The caller removes it.
 
     Raises:
         ValueError: an empty set, `stop_at` out of range, a token id outside the vocabulary, or a
@@ -114,9 +124,8 @@ def unlearn_(
         TypeError: an item that is not `Tokens` or ids, or a layer that is not linear.
     """
     config = config or UnlearnConfig()
-    return train_(
-        model, config.objective.parameters(model), forget, retain, config, progress, stop_at
-    )
+    weights = config.objective.parameters(model)
+    return train_(model, weights, forget, retain, config, progress, stop_at, state)
 
 
 def train_(
@@ -127,6 +136,7 @@ def train_(
     config: UnlearnConfig,
     progress: Progress | None = None,
     stop_at: float | None = None,
+    state: Path | None = None,
 ) -> UnlearnOutcome:
     """`unlearn_` for given `weights` that `model` depends on, its own parameters or others."""
     if stop_at is not None:
@@ -139,6 +149,7 @@ def train_(
         config,
         progress or (lambda stage, done, total: None),
         stop_at,
+        state,
     )
     model.requires_grad_(False)
     model.eval()
@@ -146,24 +157,37 @@ def train_(
         for weight in weights:
             weight.requires_grad_(True)
         with PeakMemory() as memory:
-            run()
+            run(memory)
     finally:
         model.eval()
         for weight in weights:
             weight.requires_grad_(False)
             weight.grad = None
-    final = run.probability
+    final = run.so_far.probability
     return UnlearnOutcome(
-        steps=run.steps,
-        epochs=run.epochs,
+        steps=run.so_far.steps,
+        epochs=run.so_far.epochs,
         probability=final,
-        probabilities=tuple(run.probabilities),
+        probabilities=tuple(run.so_far.probabilities),
         reached=None if stop_at is None else final <= stop_at,
-        diverged=run.diverged,
-        training_seconds=run.seconds["training"],
-        measuring_seconds=run.seconds["measuring"],
-        peak_memory=memory.growth,
+        diverged=run.so_far.diverged,
+        training_seconds=run.so_far.seconds["training"],
+        measuring_seconds=run.so_far.seconds["measuring"],
+        peak_memory=max(run.so_far.peak_memory, memory.growth),
     )
+
+
+@dataclass
+class _SoFar:
+    """What a run has come to: what its outcome is made of, and what a state file keeps of it."""
+
+    steps: int = 0
+    epochs: int = 0
+    probability: float = math.nan
+    probabilities: list[float] = field(default_factory=list)
+    diverged: bool = False
+    seconds: dict[str, float] = field(default_factory=lambda: {"training": 0.0, "measuring": 0.0})
+    peak_memory: int = 0
 
 
 class _Run:
@@ -178,17 +202,16 @@ class _Run:
         config: UnlearnConfig,
         tell: Progress,
         stop_at: float | None,
+        state: Path | None,
     ) -> None:
         self.model, self.weights = model, weights
         self.forget, self.retain = forget, retain
         self.config, self.tell = config, tell
         self.level = -math.inf if stop_at is None else stop_at
         self.lands = stop_at is not None and config.landing_steps > 0
-        self.steps = self.epochs = 0
-        self.probability = math.nan
-        self.probabilities: list[float] = []
-        self.diverged = False
-        self.seconds = {"training": 0.0, "measuring": 0.0}
+        self.state = state
+        self.order = random.Random(config.seed)
+        self.so_far = _SoFar()
 
     @contextmanager
     def clock(self, kind: str) -> Iterator[None]:
@@ -196,69 +219,117 @@ class _Run:
         try:
             yield
         finally:
-            self.seconds[kind] += time.perf_counter() - start
+            self.so_far.seconds[kind] += time.perf_counter() - start
 
     def measure(self) -> float:
         with self.clock("measuring"):
             self.model.eval()
-            self.probability = answer_probability(sequence_nll(self.model, self.forget))
-        return self.probability
+            self.so_far.probability = answer_probability(sequence_nll(self.model, self.forget))
+        return self.so_far.probability
 
-    def __call__(self) -> None:
-        self.probabilities.append(self.measure())
-        if self.probability <= self.level:
+    def __call__(self, memory: PeakMemory) -> None:
+        if self.state is None:
+            self.train(memory)
             return
+        ended = self.state.with_name(self.state.name + ".end")
+        if ended.is_file():
+            self.take_up_end(ended)
+            return
+        self.train(memory)
+        self.so_far.peak_memory = max(self.so_far.peak_memory, memory.growth)
+        with replacing(ended) as partial:
+            held = [weight.detach() for weight in self.weights]
+            torch.save({"weights": held, "so_far": asdict(self.so_far)}, partial)
+        self.state.unlink(missing_ok=True)
+
+    def train(self, memory: PeakMemory) -> None:
+        resumed = self.state is not None and self.state.is_file()
+        if not resumed:
+            self.so_far.probabilities.append(self.measure())
+            if self.so_far.probability <= self.level:
+                return
         with self.clock("training"):
+            # What a method must know of the model before its first step is learnt from that model
+            # again: the weights that were trained are put in place after.
             self.loss = self.config.objective.begin(self.model, self.forget)
             self.optimizer = MasterWeights(self.weights)
-            order = random.Random(self.config.seed)
+        if resumed:
+            self.take_up()
         before: list[Tensor] = []
-        while self.epochs < self.config.max_epochs and not self.diverged:
+        saved = time.monotonic()
+        while self.so_far.epochs < self.config.max_epochs and not self.so_far.diverged:
             if self.lands:
                 before = [w.detach().clone() for w in self.weights]
-            self.epoch(order)
-            self.probabilities.append(self.measure())
-            if self.probability <= self.level:
+            self.epoch()
+            self.so_far.probabilities.append(self.measure())
+            if self.so_far.probability <= self.level:
                 if self.lands:
                     self.land(before)
                 return
+            if self.state is not None and time.monotonic() - saved >= training.SAVE_SECONDS:
+                self.so_far.peak_memory = max(self.so_far.peak_memory, memory.growth)
+                self.save()
+                saved = time.monotonic()
 
-    def epoch(self, order: random.Random) -> None:
-        config = self.config
+    def save(self) -> None:
+        assert self.state is not None
+        more: dict[str, Any] = {
+            "so_far": asdict(self.so_far),
+            "order": self.order.getstate(),
+            "dropout": torch.get_rng_state(),
+        }
+        self.optimizer.save(self.state, more)
+
+    def take_up(self) -> None:
+        assert self.state is not None
+        held = self.optimizer.load(self.state)
+        self.so_far = _SoFar(**held["so_far"])
+        self.order.setstate(held["order"])
+        torch.set_rng_state(held["dropout"])
+
+    @torch.no_grad()
+    def take_up_end(self, ended: Path) -> None:
+        held = torch.load(ended, weights_only=True)
+        self.so_far = _SoFar(**held["so_far"])
+        for weight, value in zip(self.weights, held["weights"], strict=True):
+            weight.copy_(value)
+
+    def epoch(self) -> None:
+        config, so_far = self.config, self.so_far
         per_epoch = math.ceil(len(self.forget) / config.batch_size)
-        self.epochs += 1
+        so_far.epochs += 1
         with self.clock("training"):
             self.model.train()
-            for rows in shuffled_batches(self.forget, config.batch_size, order):
-                partners = order.choices(range(len(self.retain)), k=len(rows))
+            for rows in shuffled_batches(self.forget, config.batch_size, self.order):
+                partners = self.order.choices(range(len(self.retain)), k=len(rows))
                 loss = self.loss(collate(self.forget, rows), collate(self.retain, partners))
                 loss.backward()
                 try:
-                    warm = min(1.0, (self.steps + 1) / per_epoch)
+                    warm = min(1.0, (so_far.steps + 1) / per_epoch)
                     self.optimizer.step(config.learning_rate * warm)
                 except FloatingPointError:
-                    self.diverged = True
+                    so_far.diverged = True
                     return
-                self.steps += 1
+                so_far.steps += 1
                 self.tell(
-                    f"epoch {self.epochs}, forget probability {self.probability:.3f}",
-                    self.steps,
+                    f"epoch {so_far.epochs}, forget probability {so_far.probability:.3f}",
+                    so_far.steps,
                     per_epoch * config.max_epochs,
                 )
 
     def land(self, before: Sequence[Tensor]) -> None:
         """The least part of the last epoch's way that still reaches the level (bisection)."""
         beyond = [w.detach().clone() for w in self.weights]
-        low, high, best = 0.0, 1.0, self.probability
+        low, high, best = 0.0, 1.0, self.so_far.probability
         for _ in range(self.config.landing_steps):
             share = (low + high) / 2
             self.place(before, beyond, share)
             if self.measure() <= self.level:
-                high, best = share, self.probability
+                high, best = share, self.so_far.probability
             else:
                 low = share
         self.place(before, beyond, high)
-        self.probability = best
+        self.so_far.probability = best
 
     @torch.no_grad()
     def place(self, before: Sequence[Tensor], beyond: Sequence[Tensor], share: float) -> None:

@@ -1,36 +1,45 @@
-"""A split model on disk: two plain safetensors files and the JSON that binds them.
+"""A split model on disk: a folder that transformers reads, with the memory in files of its own.
 
-    config.json, generation_config.json, tokenizer files    as transformers writes them
-    base.safetensors       every tensor of the model but the ortho streams
+    config.json            the model's config; its `quantization_config` is the base's manifest
+    model.safetensors      every tensor but the ortho streams; or shards with their
+                           model.safetensors.index.json
     ortho.safetensors      the ortho streams alone, readable by its owner only (mode 0600)
-    libortho.json          what is where, and the digests (see `Manifest`)
-    report.json            the separation's report, when one was given
+    ortho_config.json      what is in it and which base it belongs to (mode 0600)
+    README.md, report.json the model card, and the separation's report
+    generation_config.json, tokenizer files      as transformers writes them
 
-Leave `ortho.safetensors` out and the memory is not there: `base_only` makes such a copy. Nothing
-is ever pickled, and nothing is loaded before all of it has been checked.
+Leave the ortho files out and the memory is not there: `strip` makes such a copy, and searches it.
+Nothing is ever pickled, and no tensor is used before all of it has been checked. Byte for byte in
+docs/checkpoint-format.md.
 """
 
 from libortho.checkpoint.atomic import check_writable
 from libortho.checkpoint.manifest import (
     LayerEntry,
     Manifest,
-    TensorEntry,
+    OrthoManifest,
     is_split,
     read_manifest,
+    read_ortho_manifest,
 )
 from libortho.checkpoint.read import load_split
-from libortho.checkpoint.verify import verify_split
-from libortho.checkpoint.write import base_only, save_split
+from libortho.checkpoint.search import Searched
+from libortho.checkpoint.strip import strip
+from libortho.checkpoint.verify import Verified, verify_split
+from libortho.checkpoint.write import save_split
 
 __all__ = [
     "LayerEntry",
     "Manifest",
-    "TensorEntry",
-    "base_only",
+    "OrthoManifest",
+    "Searched",
+    "Verified",
     "check_writable",
     "is_split",
     "load_split",
     "read_manifest",
+    "read_ortho_manifest",
     "save_split",
+    "strip",
     "verify_split",
 ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
 import stat
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from libortho.checkpoint.manifest import PathLike, is_split
+from libortho.checkpoint.manifest import is_split
+from libortho.checkpoint.names import PathLike
 
 
 @contextmanager
@@ -19,8 +22,10 @@ def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; it takes the place of `folder` when the block ends well.
 
     A split checkpoint that stands there is replaced as a whole, with everything in it. If anything
-    raises, it is back in its place and nothing of the new one remains. A process killed between
-    the two renames leaves the old checkpoint beside its place, named `.<name>.old-<random>`.
+    raises, it is back in its place and nothing of the new one remains. On Linux the two change
+    places in one step, so that there is one of them at every instant. Elsewhere, and on file
+    systems that cannot, a process killed between two renames leaves the old checkpoint beside its
+    place, named `.<name>.old-<random>`, and none in it.
 
     Raises:
         FileExistsError: `folder` exists, is not empty, and is no split checkpoint.
@@ -46,7 +51,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: PathLike) -> None:
-    """Raise now what `save_split` and `base_only` would raise of `folder` after their work.
+    """Raise now what `save_split` and `strip` would raise of `folder` after their work.
 
     Raises:
         FileExistsError: it exists, is not empty, and is no split checkpoint.
@@ -78,22 +83,49 @@ def _sibling(target: Path, word: str) -> Path:
 
 
 def _swap(partial: Path, target: Path) -> None:
-    old = _sibling(target, "old") if target.exists() else None
-    moved_in = False
-    if old is not None:
+    if not target.exists():
+        _move_in(partial, target)
+    elif _exchange(partial, target):
+        try:
+            sync(target.parent)
+        except BaseException:
+            _exchange(partial, target)
+            raise
+        _remove_old(partial)
+    else:
+        old = _sibling(target, "old")
         os.rename(target, old)
+        try:
+            _move_in(partial, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
+        _remove_old(old)
+
+
+def _move_in(partial: Path, target: Path) -> None:
+    os.rename(partial, target)
     try:
-        os.rename(partial, target)
-        moved_in = True
         sync(target.parent)
     except BaseException:
-        if moved_in:
-            os.rename(target, partial)
-        if old is not None:
-            os.rename(old, target)
+        os.rename(target, partial)
         raise
-    if old is not None:
-        _remove_old(old)
+
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where the system or the disk cannot."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # Python's os module lacks it
+    if renameat2 is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    done: int = renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+    return done == 0
 
 
 def _remove_old(old: Path) -> None:

@@ -1,83 +1,177 @@
-"""A model without weights, built from its config: every buffer real, every parameter on meta.
+"""A model without weights: whether a checkpoint fits it, and how it takes the checkpoint's layers.
 
-transformers keeps some tensors out of the state dict because the config determines them (rotary
-frequencies, embedding scales). A model built wholly on the meta device would lack them, so only
-the allocation of weights is diverted, and the rest of the construction runs as it always does.
+transformers builds a model on the meta device and then fills it in from files. Between the two it
+hands the model over (see `integrations.transformers`), and here it gets the split layers, still
+without weights, with every tensor of the dtype that it is to have.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 from libortho.checkpoint.manifest import LayerEntry
-from libortho.linear import is_conv1d
+from libortho.checkpoint.names import CONFIG
+from libortho.checkpoint.reports import read_reports
+from libortho.checkpoint.schema import blame, read_object
+from libortho.checkpoint.streams import base_names, make_base, make_ortho, ortho_names
+from libortho.checkpoint.tensorfile import TensorEntry
+from libortho.checkpoint.verify import Verified
+from libortho.errors import CheckpointError
+from libortho.layer import OrthoLinear
+from libortho.linear import install, is_conv1d
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-
-class _WeightsOnMeta(TorchFunctionMode):
-    # Layers allocate their weights with torch.empty; buffers are computed (arange, tensor, ones).
-    # A torch function mode holds for this thread only, unlike a patch of nn.Module.
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
-def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The causal LM of a config, its large weights on the meta device.
-
-    Args:
-        config: not changed.
-        dtype: what to build in; the config's own by default.
+def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal LM of a config, on the meta device.
 
     Raises:
         ValueError: transformers has no causal LM for this config, or cannot build one from it.
     """
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(config)
-    if dtype is not None:
-        config.dtype = dtype
-    # Small parameters (norms) are real and may be initialised at random: leave the caller's
-    # generator alone.
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _WeightsOnMeta():
+        with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False
+                copy.deepcopy(config), trust_remote_code=False
             )
     except Exception as error:  # a model's own code, on a config from anywhere, may raise anything
         raise ValueError(
             f"no causal LM can be built from this config ({type(error).__name__}: {error})"
         ) from error
-    stored = model.state_dict()
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta and name not in stored:
-            raise ValueError(
-                f"{type(model).__name__} computes its buffer {name} in a way that cannot be "
-                "repeated without weights: such a model cannot be loaded"
-            )
     return model
 
 
-def computed_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+def prepare(model: PreTrainedModel, found: Verified, dtype: torch.dtype) -> None:
+    """Give a model on the meta device a checkpoint's split layers, dtypes and ties, in place.
+
+    Args:
+        model: as its config builds it.
+        found: the checkpoint.
+        dtype: for everything that is not split. Where it is the dtype that the checkpoint was
+            saved in, every tensor gets its own, which need not be that one.
+
+    Raises:
+        CheckpointError: the checkpoint's tensors are not those that this model needs.
+    """
+    shapes = {name: entry.shape for name, entry in found.base_tensors.items()}
+    shapes |= {name: shapes[source] for name, source in found.manifest.tied.items()}
+    with blame(found.folder / CONFIG):
+        check_fit(model, found.manifest.layers, shapes)
+    as_saved = dtype == saved_dtype(found)
+    reports = read_reports(found.folder, found.manifest.layers)
+    layers = {}
+    for name in found.manifest.layers:
+        layers[name] = _empty_layer(name, found, None if as_saved else dtype)
+        layers[name].report = reports.get(name)
+    install(model, layers)
+    if as_saved:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            entry = found.base_tensors.get(name)
+            if entry is not None and DTYPES[entry.dtype] != tensor.dtype:
+                _place(model, name, _empty_like(tensor, DTYPES[entry.dtype]))
+    # Ties as they were saved, which may differ from what the config would tie.
+    model.all_tied_weights_keys = dict(found.manifest.tied)
+    # Every weight is there, so nothing needs to be initialised but computed buffers; and a model's
+    # own rules for initialisation may reach for the weight of a layer that is split (GPT-2's do).
+    for module in model.modules():
+        if not module._non_persistent_buffers_set:
+            module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def finish(model: PreTrainedModel, found: Verified, dtype: torch.dtype) -> None:
+    """Settle what only a model with its weights can show, and check that it has them all.
+
+    Args:
+        model: that `prepare` was given, with its weights.
+        found, dtype: as of `prepare`.
+
+    Raises:
+        CheckpointError: a stream's tensor was not loaded, or not as it was stored.
+    """
+    for name, entry in {**found.base_tensors, **found.ortho_tensors}.items():
+        owner, _, part = name.rpartition(".")
+        if not owner.endswith((".base", ".ortho")):
+            continue
+        tensor = getattr(model.get_submodule(owner), part)
+        if tensor.is_meta or tensor.dtype != DTYPES[entry.dtype] or tensor.shape != entry.shape:
+            raise CheckpointError(
+                f"{entry.file}: {name} was loaded as {tensor.dtype} {list(tensor.shape)} on "
+                f"{tensor.device}, expected {entry}; streams cannot be offloaded to disk"
+            )
+    if dtype == saved_dtype(found):
+        for name, buffer in computed_buffers(model).items():
+            wanted = found.manifest.buffer_dtypes.get(name)
+            if wanted is not None:
+                _place(model, name, buffer.to(getattr(torch, wanted)))
+
+
+def saved_dtype(found: Verified) -> torch.dtype | None:
+    """The dtype that the checkpoint's config names, which is that of the model when saved."""
+    with blame(found.folder / CONFIG):
+        dtype = getattr(torch, str(read_object(found.folder / CONFIG).get("dtype")), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _empty_layer(name: str, found: Verified, dtype: torch.dtype | None) -> OrthoLinear:
+    layer = found.manifest.layers[name]
+    base = found.base_tensors
+    parts = {part: _empty(base[full]) for part, full in base_names(name, layer).items()}
+    bias = base.get(f"{name}.bias")
+    kind = None if found.ortho is None else found.ortho.layers.get(name)
+    ortho = None
+    if kind is not None:
+        names = ortho_names(name, kind)
+        ortho = make_ortho(
+            layer, kind, {part: _empty(found.ortho_tensors[full]) for part, full in names.items()}
+        )
+    return OrthoLinear.from_streams(
+        make_base(layer, parts), ortho, None if bias is None else _empty(bias, dtype)
+    )
+
+
+def _empty(entry: TensorEntry, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(entry.shape, dtype=dtype or DTYPES[entry.dtype], device="meta")
+
+
+def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    empty = torch.empty_like(tensor, dtype=dtype)
+    if not isinstance(tensor, nn.Parameter):
+        return empty
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+
+
+def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that are in no state dict, since the config determines them."""
     stored = model.state_dict(keep_vars=True)
     return {name: b for name, b in model.named_buffers() if name not in stored}
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    slots: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    slots[leaf] = tensor
 
 
 def check_fit(
@@ -100,13 +194,14 @@ def check_fit(
             found = "missing" if module is None else f"a {type(module).__name__}"
             shape = "" if module is None else f" of shape {linear_shape(module)}"
             raise ValueError(f"{name} is {found}{shape}: expected a linear layer, {layer.shape}")
+        others = [other for other, m in modules.items() if m is module and other != name]
+        if others:
+            raise ValueError(f"{name} and {others[0]} are one module: expected a layer of its own")
         # A split layer's tensors were checked against its own shape; here they stand in for the
-        # weight, under every name that the module has.
-        for alias in [n for n, m in modules.items() if m is module]:
-            for part in ("weight", "bias"):
-                wanted.pop(f"{alias}.{part}", None)
-            own = {n: s for n, s in shapes.items() if n.startswith(f"{name}.")}
-            wanted |= {alias + n.removeprefix(name): s for n, s in own.items()}
+        # weight.
+        for part in ("weight", "bias"):
+            wanted.pop(f"{name}.{part}", None)
+        wanted |= {n: s for n, s in shapes.items() if n.startswith(f"{name}.")}
     for name in sorted(set(wanted) | set(shapes)):
         if name not in shapes:
             raise ValueError(f"{name} is missing: the config's model has it")
@@ -121,7 +216,7 @@ def check_fit(
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out_features, in_features) of a linear layer, also on the meta device; else None."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
         return None
     if is_conv1d(module):
         return (weight.shape[1], weight.shape[0])

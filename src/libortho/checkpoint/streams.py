@@ -1,13 +1,16 @@
 """Between stream objects and named tensors: which tensors each form has, and what is valid there.
 
-The base stream of a layer `<name>` of shape (out, in), by the manifest's `base`:
+The base stream of a layer `<name>` of shape (out, in), by the manifest's `base`, with a bias if the
+layer has one:
 
     fp16    <name>.base.qdata F16 (out, in)
     int8    <name>.base.qdata I8 (out, in), <name>.base.scale F32 (out, groups)
     int4    <name>.base.qdata U8 (out, in / 2), <name>.base.scale BF16 (out, groups),
             <name>.base.zero U8 (out, groups)
+    any     <name>.bias floating (out)
 
-with groups dividing in; `libortho.kernels.reference` says what the numbers mean. The ortho stream:
+with groups dividing in; `libortho.kernels.reference` says what the numbers mean. The ortho stream,
+by the ortho manifest's kind:
 
     sparse      <name>.ortho.crow I32 (out + 1), .col I32 (nnz), .values floating (nnz)
     low_rank    <name>.ortho.left floating (out, rank), .right of the same dtype (rank, in)
@@ -23,7 +26,8 @@ import torch
 from torch import Tensor
 
 from libortho.base import BaseStream, HalfBase, Int4Base, Int8Base
-from libortho.checkpoint.manifest import LayerEntry, TensorEntry
+from libortho.checkpoint.manifest import LayerEntry, OrthoKind
+from libortho.checkpoint.tensorfile import TensorEntry
 from libortho.config import Storage
 from libortho.ortho import LowRankOrtho, OrthoStream, SparseOrtho
 
@@ -35,7 +39,7 @@ BASE_TENSORS: dict[Storage, tuple[str, ...]] = {
     "int4": ("qdata", "scale", "zero"),
 }
 BASE_TYPES: dict[type[BaseStream], Storage] = {HalfBase: "fp16", Int8Base: "int8", Int4Base: "int4"}
-ORTHO_TENSORS: dict[str, tuple[str, ...]] = {
+ORTHO_TENSORS: dict[OrthoKind, tuple[str, ...]] = {
     "sparse": ("crow", "col", "values"),
     "low_rank": ("left", "right"),
 }
@@ -54,10 +58,9 @@ def base_names(name: str, layer: LayerEntry) -> dict[str, str]:
     return {part: f"{name}.base.{part}" for part in BASE_TENSORS[layer.base]}
 
 
-def ortho_names(name: str, layer: LayerEntry) -> dict[str, str]:
-    """{"left": "<name>.ortho.left", ...} for a layer's ortho stream; empty where it has none."""
-    parts = () if layer.ortho is None else ORTHO_TENSORS[layer.ortho]
-    return {part: f"{name}.ortho.{part}" for part in parts}
+def ortho_names(name: str, kind: OrthoKind) -> dict[str, str]:
+    """{"left": "<name>.ortho.left", ...} for a layer's ortho stream."""
+    return {part: f"{name}.ortho.{part}" for part in ORTHO_TENSORS[kind]}
 
 
 def make_base(layer: LayerEntry, tensors: Mapping[str, Tensor]) -> BaseStream:
@@ -69,9 +72,9 @@ def make_base(layer: LayerEntry, tensors: Mapping[str, Tensor]) -> BaseStream:
     return Int8Base(tensors["qdata"], tensors["scale"])
 
 
-def make_ortho(layer: LayerEntry, tensors: Mapping[str, Tensor]) -> OrthoStream:
+def make_ortho(layer: LayerEntry, kind: OrthoKind, tensors: Mapping[str, Tensor]) -> OrthoStream:
     """The ortho stream of a layer from its tensors by short name ("left", "crow", ...)."""
-    if layer.ortho == "low_rank":
+    if kind == "low_rank":
         return LowRankOrtho(tensors["left"], tensors["right"])
     return SparseOrtho(tensors["crow"], tensors["col"], tensors["values"], layer.shape)
 
@@ -108,16 +111,18 @@ def check_base_layer(name: str, layer: LayerEntry, entries: Mapping[str, TensorE
             _expect(names["zero"], entries[names["zero"]], ("U8",), (rows, groups))
 
 
-def check_ortho_layer(name: str, layer: LayerEntry, entries: Mapping[str, TensorEntry]) -> None:
+def check_ortho_layer(
+    name: str, layer: LayerEntry, kind: OrthoKind, entries: Mapping[str, TensorEntry]
+) -> None:
     """Raise ValueError unless `entries`, which has the right names, fits the layer."""
     rows, columns = layer.shape
-    named = {part: (full, entries[full]) for part, full in ortho_names(name, layer).items()}
-    if layer.ortho == "low_rank":
+    named = {part: (full, entries[full]) for part, full in ortho_names(name, kind).items()}
+    if kind == "low_rank":
         left = named["left"][1]
         rank = left.shape[-1] if left.shape else 0
         _expect(*named["left"], FLOATS, (rows, rank))
         _expect(*named["right"], (left.dtype,), (rank, columns))
-    if layer.ortho == "sparse":
+    if kind == "sparse":
         _expect(*named["crow"], ("I32",), (rows + 1,))
         count = named["col"][1].shape[:1]
         _expect(*named["col"], ("I32",), count or (0,))

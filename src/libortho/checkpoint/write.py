@@ -1,55 +1,58 @@
-"""save_split and base_only: check -> write beside -> check what was written -> rename."""
+"""save_split: check -> write beside -> check what was written -> rename."""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import json
-import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import libortho
 from libortho.alpha import ortho_layers
 from libortho.checkpoint.atomic import replacing
+from libortho.checkpoint.card import card_text
 from libortho.checkpoint.manifest import (
-    BASE,
-    CONFIG,
-    FORMAT,
     FORMAT_VERSION,
-    GENERATION_CONFIG,
-    MANIFEST,
-    ORTHO,
-    REPORT,
+    QUANT_METHOD,
     FloatName,
     LayerEntry,
     Manifest,
+    OrthoKind,
+    OrthoManifest,
+)
+from libortho.checkpoint.names import (
+    BASE_INDEX,
+    BASE_PATTERN,
+    CARD,
+    CONFIG,
+    GENERATION_CONFIG,
+    ORTHO,
+    ORTHO_CONFIG,
+    PRIVATE,
+    REPORT,
     PathLike,
 )
+from libortho.checkpoint.reports import report_text
 from libortho.checkpoint.skeleton import build_skeleton, check_fit, computed_buffers
 from libortho.checkpoint.streams import ortho_names, storage_of
-from libortho.checkpoint.verify import (
-    DIGEST_KEY,
-    check_digest,
-    check_tensors,
-    read_entries,
-    refuse_ortho_tensors,
-    sha256_of,
-    verify_split,
-)
+from libortho.checkpoint.tensorfile import digest, read_entries
+from libortho.checkpoint.verify import check_files, read_base
 from libortho.errors import CheckpointError
 from libortho.layer import OrthoLinear
 from libortho.report import SeparationReport
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_SHARD_SIZE = "50GB"
+"""transformers' own default."""
 
 
 def save_split(
@@ -58,8 +61,13 @@ def save_split(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     report: SeparationReport | None = None,
+    base_model: str | None = None,
+    forgotten: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
     """Save a split model as a folder of plain files (see the package's docstring), all or nothing.
+
+    `model.save_pretrained(folder)` ends here too.
 
     Args:
         model: a transformers causal LM with `OrthoLinear` layers. Its alpha is not saved: a loaded
@@ -67,7 +75,11 @@ def save_split(
         folder: new, empty, or a split checkpoint, which is then replaced with everything in it
             (and stays as it was if anything fails).
         tokenizer: saved beside the model.
-        report: saved as `report.json`; numbers that JSON lacks (NaN, Inf) become null.
+        report: for `report.json` and the model card; by default what the layers know of themselves.
+        base_model: for the model card, the hub's name of the model that was split.
+        forgotten: for the model card, what was forgotten, in words fit for anyone who may read it.
+            Nothing of the forget set is written unless it is said here.
+        max_shard_size: of one file of the base, in bytes or like "5GB".
 
     Raises:
         TypeError: not a transformers model, or not one that its config alone rebuilds.
@@ -76,77 +88,47 @@ def save_split(
         FileExistsError: `folder` holds something other than a split checkpoint.
         OSError: it cannot be written; the disk is full, for instance.
     """
-    layers = _layer_entries(model)
+    layers, kinds = _layer_entries(model)
     base, tied = _base_tensors(model)
-    _check_reloads(model, layers, base, tied)
+    config = _config_of(model, tied)
+    _check_reloads(model, config, layers, base, tied)
+    report = report or libortho.separation_report(model)
     folder = Path(folder)
     with replacing(folder) as partial:
-        _write_side_files(partial, model, tokenizer, report)
-        files = [p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()]
-        _write_tensors(partial / BASE, base, {"format": "pt"})
-        base_sha256 = sha256_of(partial / BASE)
+        _write_base(partial, base, max_shard_size)
         manifest = Manifest(
-            format=FORMAT,
+            quant_method=QUANT_METHOD,
             format_version=FORMAT_VERSION,
             libortho_version=libortho.__version__,
-            base_sha256=base_sha256,
-            ortho_sha256=_write_ortho(partial / ORTHO, model, layers, base_sha256),
+            base_sha256=digest(read_base(partial)),
             layers=layers,
-            tensors=read_entries(partial / BASE)[0],
             tied=tied,
             buffer_dtypes=_buffer_dtypes(model),
-            files=tuple(sorted(files)),
         )
-        _write_text(partial / MANIFEST, manifest.to_json())
-        # safetensors creates its files closed to others; only the ortho file is to stay so.
-        shutil.copymode(partial / MANIFEST, partial / BASE)
+        config.quantization_config = manifest.to_dict()
+        config.save_pretrained(str(partial))
+        if kinds:
+            _write_ortho(partial, model, kinds, manifest)
+        if report.layers:
+            _write_text(partial / REPORT, report_text(report))
+        _write_text(partial / CARD, card_text(config, report, base_model, forgotten))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
+        if model.generation_config is not None:
+            # Not save_pretrained, which refuses settings that many published models have, such as
+            # a temperature without sampling.
+            model.generation_config.to_json_file(str(partial / GENERATION_CONFIG), use_diff=True)
+        _set_permissions(partial)
         try:
-            check_tensors(partial, manifest)
+            check_files(partial, manifest)
         except CheckpointError as error:
             raise ValueError(str(error).replace(str(partial), str(folder))) from None
 
 
-def base_only(folder: PathLike, out: PathLike) -> None:
-    """Copy a split checkpoint without its ortho file: a deployment that holds no memory.
-
-    Only the files that the manifest lists are copied, so that nothing that was put beside them (a
-    spare ortho file, say) comes along. All or nothing, as `save_split`.
-
-    Args:
-        folder: a split checkpoint, with or without its ortho file; verified first.
-        out: as `folder` of `save_split`, and neither inside of the other.
-
-    Raises:
-        ValueError: `out` is `folder`, or holds it.
-        CheckpointError: the checkpoint is damaged, or an ortho tensor would be in the copy.
-        FileExistsError, OSError: as `save_split`.
-    """
-    folder, out = Path(folder), Path(out)
-    source, target = Path(os.path.realpath(folder)), Path(os.path.realpath(out))
-    if source == target or target in source.parents:
-        raise ValueError(f"out={str(out)!r} would replace {folder}, which holds the ortho file")
-    manifest = verify_split(folder)
-    with replacing(out) as partial:
-        for name in (MANIFEST, BASE, *manifest.files):
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name} is missing, though {MANIFEST} lists it")
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, partial / name)
-        _check_no_memory(partial, manifest)
-
-
-def _check_no_memory(partial: Path, manifest: Manifest) -> None:
-    # The digest says that the base file is the one that was verified; the rest looks at the copy
-    # itself, so that this holds even of a manifest that lists what it should not.
-    check_digest(partial / BASE, manifest.base_sha256)
-    for path in partial.rglob("*"):
-        if path.name == ORTHO:
-            raise CheckpointError(f"{path.relative_to(partial)} is an ortho file")
-        if path.suffix == ".safetensors":
-            refuse_ortho_tensors(path)
-
-
-def _layer_entries(model: PreTrainedModel) -> dict[str, LayerEntry]:
+def _layer_entries(
+    model: PreTrainedModel,
+) -> tuple[dict[str, LayerEntry], dict[str, OrthoKind]]:
+    """The split layers by name, and the form of the ortho stream of those that have one."""
     from transformers import PreTrainedModel as Expected
 
     if not isinstance(model, Expected):
@@ -154,15 +136,23 @@ def _layer_entries(model: PreTrainedModel) -> dict[str, LayerEntry]:
             f"model is a {type(model).__name__}: expected a transformers PreTrainedModel "
             "(unwrap it first)"
         )
-    return {
-        name: LayerEntry(
-            shape=layer.base.shape,
-            base=storage_of(layer.base, name),
-            ortho=None if layer.ortho is None else layer.ortho.kind,
-            report=layer.report and dataclasses.replace(layer.report, name=name),
-        )
-        for name, layer in ortho_layers(model).items()
+    found = ortho_layers(model)
+    layers = {
+        name: LayerEntry(shape=layer.base.shape, base=storage_of(layer.base, name))
+        for name, layer in found.items()
     }
+    return layers, {n: x.ortho.kind for n, x in found.items() if x.ortho is not None}
+
+
+def _config_of(model: PreTrainedModel, tied: Mapping[str, str]) -> PreTrainedConfig:
+    """The model's config, saying what is so: its dtype, its class, and whether its head is tied."""
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    config.architectures = [type(model).__name__]
+    declared = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if any(tied.get(a) != b and tied.get(b) != a for a, b in declared.items()):
+        config.tie_word_embeddings = False
+    return config
 
 
 def _base_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -180,7 +170,7 @@ def _base_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, 
             what = "has no data (meta device)" if isinstance(tensor, Tensor) else "is no tensor"
             raise ValueError(f"{name} {what}: only a whole model can be saved")
         place = _place_of(tensor)
-        if place in seen:
+        if place in seen and isinstance(tensor, nn.Parameter):
             tied[name] = seen[place]
             continue
         seen[place] = name
@@ -201,12 +191,13 @@ def _place_of(tensor: Tensor) -> object:
 
 def _check_reloads(
     model: PreTrainedModel,
+    config: PreTrainedConfig,
     layers: Mapping[str, LayerEntry],
     base: Mapping[str, Tensor],
     tied: Mapping[str, str],
 ) -> None:
     """Raise before an hour's work is written in a form that could not be read again."""
-    skeleton = build_skeleton(model.config)
+    skeleton = build_skeleton(config)
     if type(skeleton) is not type(model):
         raise TypeError(
             f"model is a {type(model).__name__}, but its config builds a "
@@ -224,58 +215,58 @@ def _buffer_dtypes(model: PreTrainedModel) -> dict[str, FloatName]:
     }
 
 
-def _write_side_files(
-    partial: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    report: SeparationReport | None,
-) -> None:
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(partial))
-    model.config.save_pretrained(str(partial))
-    assert (partial / CONFIG).is_file()
-    if model.generation_config is not None:
-        # Not save_pretrained, which refuses settings that many published models have, such as a
-        # temperature without sampling.
-        model.generation_config.to_json_file(str(partial / GENERATION_CONFIG), use_diff=True)
-    if report is not None:
-        text = json.dumps(_without_nonfinite(report.to_dict()), indent=1, allow_nan=False)
-        _write_text(partial / REPORT, text + "\n")
+def _write_base(partial: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
+    """The base in one file, or in shards with their index, named as transformers does."""
+    from huggingface_hub import split_torch_state_dict_into_shards
 
-
-def _without_nonfinite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nonfinite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    plan = split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern=BASE_PATTERN, max_shard_size=max_shard_size
+    )
+    for name, held in plan.filename_to_tensors.items():
+        _write_tensors(partial / name, {tensor: tensors[tensor] for tensor in held})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_text(partial / BASE_INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
 def _write_ortho(
-    path: Path, model: PreTrainedModel, layers: Mapping[str, LayerEntry], base_sha256: str
-) -> str | None:
-    """Write the ortho file, bound to its base; its digest, or None if there is nothing to write."""
+    partial: Path, model: PreTrainedModel, kinds: Mapping[str, OrthoKind], manifest: Manifest
+) -> None:
+    """The ortho streams and their config, bound to their base."""
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        for part, full in ortho_names(name, layer).items():
+    for name, kind in kinds.items():
+        for part, full in ortho_names(name, kind).items():
             tensor = getattr(model.get_submodule(name).ortho, part)
             # A copy each: the streams are tiny, and none may share memory with another.
             tensors[full] = tensor.detach().clone(memory_format=torch.contiguous_format)
-    if not tensors:
-        return None
-    _write_tensors(path, tensors, {"format": FORMAT, DIGEST_KEY: base_sha256})
-    path.chmod(0o600)
-    return sha256_of(path)
+    _write_tensors(partial / ORTHO, tensors)
+    ortho = OrthoManifest(
+        quant_method=QUANT_METHOD,
+        format_version=FORMAT_VERSION,
+        libortho_version=libortho.__version__,
+        base_sha256=manifest.base_sha256,
+        ortho_sha256=digest(read_entries(partial / ORTHO)),
+        layers=dict(kinds),
+    )
+    _write_text(partial / ORTHO_CONFIG, json.dumps(ortho.to_dict(), indent=1) + "\n")
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
-        save_file({name: t.cpu() for name, t in tensors.items()}, str(path), metadata=metadata)
+        plain = {name: tensor.cpu() for name, tensor in tensors.items()}
+        save_file(plain, str(path), metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path.name} cannot be written: {error}") from error
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def _set_permissions(partial: Path) -> None:
+    # safetensors creates its files closed to others; only the ortho stream's are to stay so.
+    for path in partial.rglob("*"):
+        if path.name in PRIVATE:
+            path.chmod(0o600)
+        elif path.suffix == ".safetensors":
+            shutil.copymode(partial / CONFIG, path)

@@ -1,4 +1,4 @@
-"""The command line: `libortho separate | tofu | eval | chat | inspect`."""
+"""The command line: `libortho separate | tofu | eval | chat | inspect | export`."""
 
 from libortho.cli.app import app
 

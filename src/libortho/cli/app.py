@@ -1,4 +1,8 @@
-"""The commands, each a thin caller of the library. `libortho COMMAND --help` teaches."""
+"""The commands' options, and what each is for. `libortho COMMAND --help` teaches.
+
+Only what `--help` needs is imported here. A command's work is the module of its name in
+`libortho.cli.commands`; it is imported, with all it needs, when the command is run.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,11 @@ from typing import Annotated
 
 import typer
 
+from libortho.cli.attack import attack
 from libortho.cli.console import (
-    EXIT_NOT_FORGOTTEN,
-    console,
-    progress_bars,
     reporting_errors,
-    write_json,
 )
+from libortho.cli.export import export
 from libortho.cli.options import (
     Base,
     Json,
@@ -26,7 +28,9 @@ from libortho.cli.options import (
     method_config,
 )
 from libortho.cli.serve import keys, serve, ui
+from libortho.cli.strip import strip
 from libortho.cli.tofu import tofu
+from libortho.separate import SeparationConfig
 
 app = typer.Typer(
     name="libortho",
@@ -38,9 +42,12 @@ app = typer.Typer(
 
 
 app.command()(tofu)
+app.command()(strip)
 app.command()(serve)
 app.command()(ui)
 app.add_typer(keys, name="keys")
+app.command()(attack)
+app.command()(export)
 
 
 @app.command()
@@ -75,6 +82,10 @@ def separate(
     ortho_ratio: OrthoRatio = 0.01,
     base: Base = "int8",
     template: TemplateOption = "plain",
+    forgotten: Annotated[
+        str | None,
+        typer.Option(help="What was forgotten, for the model card, in words that anyone may read."),
+    ] = None,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
@@ -85,43 +96,24 @@ def separate(
     0.
     """
     with reporting_errors():
-        from transformers import AutoTokenizer
+        from libortho.cli.commands.separate import run_separate
 
-        from libortho.checkpoint import check_writable, save_split
-        from libortho.data.examples import read_jsonl
-        from libortho.evaluation.finetuned import load_model
-        from libortho.separate import SeparationConfig, check_forget, separate_
-
-        # Everything that can be wrong with the arguments is found before the model is loaded.
         config = SeparationConfig(
             method=method_config(method, ortho_ratio, seed, base, target_nll),
             target_modules=tuple(target),
             template=check_template(template),
         )
-        check_writable(out)
-        forget_set = None if forget is None else read_jsonl(forget)
-        check_forget(config, forget_set)
-        retain_set = read_jsonl(retain)
-        unseen_set = None if unseen is None else read_jsonl(unseen)
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        loaded = load_model(model)
-        with progress_bars() as progress:
-            report = separate_(
-                loaded,
-                forget_set,
-                retain_set,
-                config,
-                tokenizer=tokenizer,
-                before=None if before is None else load_model(before),
-                unseen=unseen_set,
-                progress=progress,
-            )
-        save_split(loaded, out, tokenizer=tokenizer, report=report)
-        write_json(json_file, report.to_dict())
-        console.print(str(report), highlight=False, soft_wrap=True)
-        console.print(f"\nsplit   {out}")
-        if report.reached is False:
-            raise typer.Exit(EXIT_NOT_FORGOTTEN)
+        run_separate(
+            model,
+            config,
+            forget=forget,
+            retain=retain,
+            before=before,
+            unseen=unseen,
+            out=out,
+            forgotten=forgotten,
+            json_file=json_file,
+        )
 
 
 @app.command(name="eval")
@@ -137,20 +129,16 @@ def evaluate(
 ) -> None:
     """Perplexity and probability per token of a text, at each alpha."""
     with reporting_errors():
-        import torch
+        from libortho.cli.commands.evaluate import run_evaluate
 
-        from libortho.checkpoint import load_split
-        from libortho.evaluation.show import print_evaluation
-        from libortho.evaluation.text import evaluate_text, parse_alphas
-
-        torch.manual_seed(seed)
-        alphas = parse_alphas(alpha)
-        with progress_bars() as progress:
-            result = evaluate_text(
-                load_split(folder), folder, text, alphas, check_template(template), progress
-            )
-        write_json(json_file, result)
-        print_evaluation(result, console)
+        run_evaluate(
+            folder,
+            text,
+            alpha=alpha,
+            template=check_template(template),
+            json_file=json_file,
+            seed=seed,
+        )
 
 
 @app.command()
@@ -168,7 +156,7 @@ def chat(
 ) -> None:
     """Ask a split model, at one alpha or at two side by side. An empty line leaves."""
     with reporting_errors():
-        from libortho.cli.chat import run_chat
+        from libortho.cli.commands.chat import run_chat
 
         run_chat(
             folder,
@@ -189,16 +177,6 @@ def inspect(
 ) -> None:
     """What a split checkpoint holds: its layers, sizes, errors, and whether ortho is there."""
     with reporting_errors():
-        from libortho.checkpoint import load_split
-        from libortho.separate import separation_report
+        from libortho.cli.commands.inspect import run_inspect
 
-        model = load_split(folder)
-        report = separation_report(model)
-        from libortho.alpha import ortho_layers
-
-        present = all(layer.ortho is not None for layer in ortho_layers(model).values())
-        console.print(str(report), highlight=False, soft_wrap=True)
-        console.print(
-            "ortho stream: present" if present else "ortho stream: absent (base-only, alpha 0)"
-        )
-        write_json(json_file, {"ortho_present": present, **report.to_dict()})
+        run_inspect(folder, json_file)

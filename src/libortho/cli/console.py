@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from libortho import files
@@ -35,8 +36,6 @@ def reporting_errors() -> Iterator[None]:
 
 
 def _escape(error: BaseException) -> str:
-    from rich.markup import escape
-
     return escape(str(error) or type(error).__name__)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from libortho.config import BaseConfig
 from libortho.data.tokens import Template
+from libortho.methods import METHODS
+from libortho.methods.spectral import spectral_base
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -44,12 +48,6 @@ def method_config(
     Raises:
         ValueError: a name or a value that is not among those that are possible.
     """
-    import dataclasses
-
-    from libortho.config import BaseConfig
-    from libortho.methods import METHODS
-    from libortho.methods.spectral import spectral_base
-
     if name not in METHODS:
         raise ValueError(f"--method {name!r}: expected one of {', '.join(sorted(METHODS))}")
     if base not in ("int8", "int4", "fp16"):

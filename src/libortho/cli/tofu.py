@@ -1,19 +1,13 @@
-"""`libortho tofu`: the job of `evaluation.tofu`, from the command line."""
+"""The options of `libortho tofu`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 
-from libortho.cli.console import (
-    EXIT_NOT_FORGOTTEN,
-    console,
-    progress_bars,
-    reporting_errors,
-    write_json,
-)
+from libortho.cli.console import reporting_errors
 from libortho.cli.options import (
     Base,
     Json,
@@ -22,10 +16,7 @@ from libortho.cli.options import (
     Targets,
     TemplateOption,
     check_template,
-    method_config,
 )
-
-ALPHAS = {"quick": "0,1", "full": "0,0.25,0.5,0.75,1"}
 
 
 def tofu(
@@ -114,41 +105,27 @@ def tofu(
     3 if the authors could not be forgotten within the budget.
     """
     with reporting_errors():
-        from libortho.baselines.tune import TuneConfig
-        from libortho.data.embedded import embedded_model_path
-        from libortho.evaluation.show import print_summary
-        from libortho.evaluation.suite import SuiteConfig
-        from libortho.evaluation.text import parse_alphas
-        from libortho.evaluation.tofu import TofuJob, run_tofu
-        from libortho.evaluation.write import run_folder, write_summary
+        from libortho.cli.commands.tofu import make_task, run_job
 
-        names = [name.strip() for name in methods.split(",")]
-        job_seeds = (seed,) if seeds is None else _integers(seeds)
-        thorough = split is not None or len(names) > 1 or len(job_seeds) > 1
-        kind = suite or ("full" if thorough else "quick")
-        if kind not in ("quick", "full"):
-            raise ValueError(f"--suite {suite!r}: expected quick or full")
-        job = TofuJob(
-            model=model or str(embedded_model_path()),
-            task=_task(data, split, authors, forget_authors, seed),
-            methods=_contenders(names, tuple(target), ortho_ratio, base),
-            suite=SuiteConfig(quick=kind == "quick", limit=limit),
-            alphas=tuple(parse_alphas(alpha or ALPHAS[kind])),
-            template=check_template(template),
+        run_job(
+            make_task(data, split, authors, forget_authors, seed),
+            model=model,
+            methods=[name.strip() for name in methods.split(",")],
+            targets=tuple(target),
+            ortho_ratio=ortho_ratio,
+            base=base,
+            suite=suite,
+            limit=limit,
+            alpha=alpha,
+            wikitext=wikitext,
+            baseline_epochs=baseline_epochs,
             reference=reference,
-            seeds=job_seeds,
-            tuning=TuneConfig(max_epochs=baseline_epochs),
-            wikitext=None if wikitext is None else wikitext.read_text(encoding="utf-8"),
+            template=check_template(template),
+            thorough=split is not None,
+            seeds=(seed,) if seeds is None else _integers(seeds),
+            out=out,
+            json_file=json_file,
         )
-        folder = run_folder(out)
-        with progress_bars() as progress:
-            summary = run_tofu(job, folder, progress)
-        write_summary(summary, folder)
-        write_json(json_file, summary)
-        print_summary(summary, console)
-        console.print(f"\nreport  {folder / 'report.html'}\nsplit   {folder / 'split'}")
-        if not all(one["reached"] for one in summary["seeds"].values()):
-            raise typer.Exit(EXIT_NOT_FORGOTTEN)
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -158,43 +135,3 @@ def _integers(text: str) -> tuple[int, ...]:
         raise ValueError(
             f"--seeds {text!r}: expected integers with commas, such as 0,1,2"
         ) from None
-
-
-def _task(
-    data: str | None,
-    split: str | None,
-    authors: int | None,
-    forget_authors: int | None,
-    seed: int,
-) -> Any:
-    from libortho.data.tasks import TofuSplit, embedded_task, tofu_benchmark, tofu_task
-
-    if split is not None:
-        if data is None:
-            raise ValueError(f"--split {split}: needs --data, a folder in TOFU's layout")
-        if authors is not None or forget_authors is not None:
-            raise ValueError(f"--split {split}: says which authors; leave out their numbers")
-        return tofu_benchmark(data, cast("TofuSplit", split))
-    if data is None:
-        return embedded_task(authors or 10, forget_authors or 2, seed)
-    return tofu_task(data, authors or 12, forget_authors or 2)
-
-
-def _contenders(
-    names: list[str], targets: tuple[str, ...], ortho_ratio: float, base: str
-) -> dict[str, Any]:
-    from libortho.baselines.registry import BASELINES, baseline
-    from libortho.methods import METHODS
-    from libortho.separate import SeparationConfig
-
-    found: dict[str, Any] = {}
-    for name in names:
-        if name in BASELINES:
-            found[name] = baseline(name)
-        elif name in METHODS:
-            method = method_config(name, ortho_ratio, 0, base)
-            found[name] = SeparationConfig(method=method, target_modules=targets)
-        else:
-            known = ", ".join([*METHODS, *BASELINES])
-            raise ValueError(f"--methods {name!r}: expected one of {known}")
-    return found

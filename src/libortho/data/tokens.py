@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["plain", "chat"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,7 @@ def spread(sets: Sequence[list[Tokens]], tokens: int) -> list[Tokens]:
     return chosen
 
 
-def evenly(items: Sequence[Tokens], count: int) -> list[Tokens]:
+def evenly(items: Sequence[T], count: int) -> list[T]:
     """`count` of the items (or all, where there are fewer), evenly spread over them."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]

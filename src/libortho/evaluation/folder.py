@@ -4,6 +4,7 @@ job.json                               what the job is; another job may not use 
 split/                                 the main method's split, of the first seed
 seed-0/<method>/split/                 every other split
 seed-0/<method>.json                   how a split or a baseline was made: time, memory, report
+seed-0/<method>/states/                a baseline's runs, until it is measured
 seed-0/<model>/TOFU_EVAL.json          measurements, in OpenUnlearning's files and shape
 seed-0/<model>/TOFU_SUMMARY.json
 seed-0/<model>/missing.json            what could not be measured, and why
@@ -53,6 +54,10 @@ class JobFolder:
     def split(self, seed: int, method: str, *, main: bool) -> Path:
         """Where a split lies or is to lie."""
         return self.path / "split" if main else self._seed(seed) / slug(method) / "split"
+
+    def states(self, seed: int, method: str) -> Path:
+        """Where the runs of a baseline are kept while it is tuned."""
+        return self._seed(seed) / slug(method) / "states"
 
     def has(self, seed: int, name: str) -> bool:
         """Whether a file of a seed is there."""

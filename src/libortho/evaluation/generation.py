@@ -1,4 +1,4 @@
-"""Greedy answers, as a person would see them."""
+"""Answers, greedy or sampled, as a person would see them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from libortho.config import check_count, check_positive
 
-@torch.no_grad()
+
 def greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -30,6 +31,53 @@ def greedy(
             prompt if it is longer).
         progress: told (prompts done, prompts in all) after each batch.
     """
+    return _answers(model, tokenizer, prompts, max_new_tokens, None, tokens_per_batch, progress)
+
+
+def sampled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    samples: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    tokens_per_batch: int = 8192,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[str]]:
+    """`samples` continuations of each prompt, drawn from the model's whole distribution.
+
+    As `greedy` otherwise; neither top-k nor top-p. The caller's random state is left alone.
+
+    Args:
+        temperature: > 0; 1 is the model's own distribution.
+        seed: of the draws. What is drawn also depends on how prompts fall into batches.
+
+    Raises:
+        ValueError: `temperature` or `samples` is out of range.
+    """
+    check_positive("temperature", temperature)
+    check_count("samples", samples, 1)
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        said = _answers(
+            model, tokenizer, repeated, max_new_tokens, temperature, tokens_per_batch, progress
+        )
+    return [said[i : i + samples] for i in range(0, len(said), samples)]
+
+
+@torch.no_grad()
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float | None,
+    tokens_per_batch: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[str]:
     ends = end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, str] = {}
@@ -40,7 +88,7 @@ def greedy(
             or (len(rows) + 1) * (len(prompts[order[0]]) + max_new_tokens) <= tokens_per_batch
         ):
             rows.append(order.pop(0))
-        tails = _continued(model, [prompts[i] for i in rows], max_new_tokens, ends)
+        tails = _continued(model, [prompts[i] for i in rows], max_new_tokens, ends, temperature)
         for i, tail in zip(rows, tails.tolist(), strict=True):
             stop = next((at for at, token in enumerate(tail) if token in ends), len(tail))
             answers[i] = str(tokenizer.decode(tail[:stop], skip_special_tokens=True)).strip()
@@ -57,7 +105,11 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _continued(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: list[int]
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: list[int],
+    temperature: float | None,
 ) -> Tensor:
     """The new tokens of each prompt, (prompts, new tokens)."""
     pad = ends[0] if ends else 0
@@ -69,7 +121,12 @@ def _continued(
         input_ids=torch.tensor(ids, device=device),
         attention_mask=torch.tensor(attention, device=device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        # Where it samples, from the whole distribution: a generation config may narrow it.
+        **(
+            {"do_sample": False}
+            if temperature is None
+            else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        ),
         eos_token_id=ends or None,
         pad_token_id=pad,
     )

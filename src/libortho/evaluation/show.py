@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -37,9 +38,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     console.print(table)
     for check in summary["bars"]:
         mark = "[green]holds[/]      " if check["holds"] else "[bold red]falls short[/]"
-        console.print(
-            f"{mark}  {check['bar']}: {check['value']:.4f} ({check['required']})", soft_wrap=True
-        )
+        value = "not measured" if math.isnan(check["value"]) else f"{check['value']:.4f}"
+        console.print(f"{mark}  {check['bar']}: {value} ({check['required']})", soft_wrap=True)
     for warning in summary["separation"]["warnings"]:
         console.print(f"[bold red]warning[/]  {warning}")
     if summary["examples"]:

@@ -10,8 +10,8 @@ not cut (TOFU has none).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,85 +20,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from libortho.config import check_count
 from libortho.data.examples import Example
 from libortho.data.general import general_text
-from libortho.data.tasks import Task
-from libortho.data.tokens import Template, encode, prompt_ids
+from libortho.data.tokens import Template, prompt_ids
 from libortho.evaluation import entries
+from libortho.evaluation.book import QUICK, Book
 from libortho.evaluation.entries import Entry
 from libortho.evaluation.generation import greedy
-from libortho.evaluation.metrics import (
-    UTILITY_PARTS,
-    forget_quality,
-    privleak,
-    token_words,
-    vocabulary,
-)
+from libortho.evaluation.metrics import token_words, vocabulary
 from libortho.evaluation.scored import ANSWER, PARAPHRASED, PERTURBED, Part, Scored, score
+from libortho.evaluation.suite_data import SuiteData
 from libortho.evaluation.text import text_windows
 from libortho.scoring import sequence_nll
+from libortho.training import Progress
 
-Progress = Callable[[str, int, int], None]
-
-_NO_REFERENCE = "no reference model's logs were given"
-_QUICK = "not part of the quick suite"
-
-
-@dataclass(frozen=True)
-class SuiteData:
-    """What a model is measured on.
-
-    Attributes:
-        forget: questions that are to be forgotten.
-        retain: questions that were memorised with them and are to be kept.
-        holdout: questions like these that no model has seen: the non-members of membership
-            inference. May be empty.
-        real_authors, world_facts: general knowledge. May be empty.
-        wikitext: running text, for perplexity; None to leave it out.
-        absent: why a set is empty, by its name above.
-
-    Raises:
-        ValueError: no forget or retain question, or an example without a question.
-    """
-
-    forget: tuple[Example, ...]
-    retain: tuple[Example, ...]
-    holdout: tuple[Example, ...] = ()
-    real_authors: tuple[Example, ...] = ()
-    world_facts: tuple[Example, ...] = ()
-    wikitext: str | None = None
-    absent: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        for name, examples in self.sets().items():
-            if not examples and name in ("forget", "retain"):
-                raise ValueError(f"the {name} set is empty: expected at least one question")
-            for position, example in enumerate(examples):
-                if example.question is None:
-                    raise ValueError(
-                        f"{name}[{position}] has no question ({example.answer[:40]!r}): "
-                        "the suite measures answers to questions"
-                    )
-
-    def sets(self) -> dict[str, tuple[Example, ...]]:
-        """The five sets of questions, by name."""
-        names = ("forget", "retain", "holdout", "real_authors", "world_facts")
-        return {name: getattr(self, name) for name in names}
-
-    @classmethod
-    def of_task(cls, task: Task, wikitext: str | None = None) -> SuiteData:
-        """A task's sets; of its retain set the pairs with perturbed answers, if it has such."""
-        complete = tuple(x for x in task.retain if x.perturbed_answers and x.paraphrased_answer)
-        absent = dict(task.absent)
-        if "unseen" in absent:
-            absent["holdout"] = absent.pop("unseen")
-        return cls(
-            forget=task.forget,
-            retain=complete or task.retain,
-            holdout=task.unseen,
-            real_authors=task.real_authors,
-            world_facts=task.world_facts,
-            wikitext=wikitext,
-            absent=absent,
-        )
+NO_REFERENCE = "no reference model's logs were given"
 
 
 @dataclass(frozen=True)
@@ -195,7 +129,7 @@ def evaluate_suite(
     }
     kinds = _QUICK_KINDS if config.quick else _KINDS
     pairs = [(part, kind) for name, part in parts.items() for kind in kinds[name]]
-    book = _Book(data.absent, {(part.name, kind) for part, kind in pairs})
+    book = Book(data.absent, {(part.name, kind) for part, kind in pairs})
     scored = score(
         model,
         tokenizer,
@@ -208,11 +142,11 @@ def evaluate_suite(
             _likelihoods(book, part, scored)
     _memorisation(book, parts, scored)
     if config.quick:
-        book.missing |= dict.fromkeys(_LEFT_OUT, _QUICK)
+        book.missing |= dict.fromkeys(_LEFT_OUT, QUICK)
     else:
         _ask(model, tokenizer, data, parts, book, config, template, pretrained, tell)
     for name in ("forget_quality", "privleak"):
-        book.missing[name] = _NO_REFERENCE
+        book.missing[name] = NO_REFERENCE
     settings = {
         **dataclasses.asdict(config),
         "template": template,
@@ -228,7 +162,7 @@ def _ask(
     tokenizer: PreTrainedTokenizerBase,
     data: SuiteData,
     parts: Mapping[str, Part],
-    book: _Book,
+    book: Book,
     config: SuiteConfig,
     template: Template,
     pretrained: PreTrainedModel | None,
@@ -271,103 +205,7 @@ def _ask(
         book.logs["wikitext_perplexity"] = entries.perplexity_entry(nll)
 
 
-def with_reference(evaluation: Evaluation, reference_logs: Mapping[str, Entry]) -> Evaluation:
-    """The evaluation with what compares it to a model that never saw the forget set.
-
-    That is `forget_quality` and `privleak` (of `mia_min_k`, as OpenUnlearning's).
-
-    Args:
-        reference_logs: the reference model's `logs`, or its TOFU_EVAL.json as read.
-
-    Raises:
-        ValueError: the two were measured on other forget questions.
-    """
-    logs, missing = dict(evaluation.logs), dict(evaluation.missing)
-    for name, part in (("forget_quality", "forget_truth_ratio"), ("privleak", "mia_min_k")):
-        missing.pop(name, None)
-        logs.pop(name, None)
-        if part not in logs:
-            missing[name] = evaluation.missing.get(part, f"{part} was not measured")
-        elif part not in reference_logs:
-            missing[name] = f"the reference's logs have no {part}"
-        else:
-            logs[name] = _compared(name, logs[part], reference_logs[part])
-    return dataclasses.replace(evaluation, logs=logs, missing=missing)
-
-
-def _compared(name: str, own: Entry, reference: Entry) -> Entry:
-    if name == "privleak":
-        return {"agg_value": privleak(own["agg_value"], reference["agg_value"])}
-    ours, theirs = own["value_by_index"], reference["value_by_index"]
-    if set(ours) != set(theirs):
-        raise ValueError(
-            f"{len(ours)} forget questions against the reference's {len(theirs)}, or others: "
-            "expected the same"
-        )
-    ratios = [[row["score"] for row in rows.values()] for rows in (ours, theirs)]
-    return {"agg_value": forget_quality(*ratios)}
-
-
-class _Book:
-    """The entries made so far, and the reasons for those that could not be."""
-
-    def __init__(self, absent: Mapping[str, str], scored: Container[tuple[str, str]]) -> None:
-        self.logs: dict[str, Entry] = {}
-        self.missing: dict[str, str] = {}
-        self._absent = absent
-        self._scored = scored
-
-    def add(self, name: str, needs: Sequence[tuple[Part, str]], make: Callable[[], Entry]) -> None:
-        """Make an entry if every (set, kind of answer) that it needs is there."""
-        for part, kind in needs:
-            reason = part.lacks(kind)
-            if reason is not None:
-                known = self._absent.get(part.name) if not part.examples else None
-                self.missing[name] = known or reason
-                return
-            if (part.name, kind) not in self._scored:
-                self.missing[name] = _QUICK
-                return
-        entry = make()
-        if entry["agg_value"] is None:
-            self.missing[name] = "it is defined for no question of the set"
-        else:
-            self.logs[name] = entry
-
-    def utility(self) -> None:
-        lacking = [name for name in UTILITY_PARTS if name not in self.logs]
-        if lacking:
-            self.missing["model_utility"] = f"needs {lacking[0]}: {self.missing[lacking[0]]}"
-        else:
-            self.logs["model_utility"] = entries.utility(self.logs)
-
-    def fluency(
-        self,
-        part: Part,
-        said: Sequence[str],
-        judge: PreTrainedModel | None,
-        tokenizer: PreTrainedTokenizerBase,
-        template: Template,
-    ) -> None:
-        name = f"{part.name}_fluency"
-        if judge is None:
-            self.missing[name] = "no pretrained model was given to judge the answers"
-            return
-        spoken = [i for i, answer in enumerate(said) if answer]
-        if not spoken:
-            self.missing[name] = "every answer is empty"
-            return
-        # Without the end of sequence: a model that was never taught to stop finds it unlikely.
-        items = [
-            encode(Example(said[i], part.examples[i].question), tokenizer, template) for i in spoken
-        ]
-        if tokenizer.eos_token_id is not None:
-            items = [dataclasses.replace(item, ids=item.ids[:-1]) for item in items]
-        nll = sequence_nll(judge, items)
-        self.logs[name] = entries.fluency([part.index[i] for i in spoken], nll)
-
-
-def _likelihoods(book: _Book, part: Part, scored: Scored) -> None:
+def _likelihoods(book: Book, part: Part, scored: Scored) -> None:
     """Probabilities of right and wrong answers, and what is made of them, of one set."""
     prefix = _PREFIX[part.name]
     general = part.name in ("real_authors", "world_facts")
@@ -391,7 +229,7 @@ def _likelihoods(book: _Book, part: Part, scored: Scored) -> None:
     book.add(ratio, [right, wrong], partial(entries.truth_ratios, part, right[1], scored))
 
 
-def _memorisation(book: _Book, parts: Mapping[str, Part], scored: Scored) -> None:
+def _memorisation(book: Book, parts: Mapping[str, Part], scored: Scored) -> None:
     forget, holdout = parts["forget"], parts["holdout"]
     own = (forget, ANSWER)
     book.add("extraction_strength", [own], partial(entries.extraction, forget, scored))

@@ -1,15 +1,27 @@
-"""A job's results in files: summary.json and report.html, beside its splits."""
+"""A job's results in files: summary.json, report.html and its pictures, beside its splits."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from libortho.evaluation.rows import COLUMNS
 from libortho.files import write_json
+
+if TYPE_CHECKING:
+    from libortho.evaluation.canvas import Picture
+
+SPEAKERS = {
+    "truth": "the truth",
+    "alpha 1": "alpha 1",
+    "alpha 0": "alpha 0",
+    "reference": "a model that never saw it",
+}
+"""Whose answers stand side by side in the report; the others' are folded away."""
 
 
 def run_folder(out: Path | None) -> Path:
@@ -18,21 +30,25 @@ def run_folder(out: Path | None) -> Path:
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> None:
-    """Write a job's summary and the page that is drawn from it."""
+    """Write a job's summary, the page that is drawn from it, and the page's plots as PNG files."""
+    from libortho.evaluation.plots import pictures
+
+    drawn = pictures(summary)
     write_json(folder / "summary.json", summary)
-    (folder / "report.html").write_text(render_report(summary), encoding="utf-8")
+    (folder / "report.html").write_text(render_report(summary, drawn), encoding="utf-8")
+    for picture in drawn:
+        (folder / f"{picture.name}.png").write_bytes(picture.png())
 
 
-def render_report(summary: dict[str, Any]) -> str:
+def render_report(summary: dict[str, Any], drawn: Sequence[Picture]) -> str:
     """The self-contained HTML page of a summary; everything in it is escaped but our own SVG."""
     from jinja2 import Environment
-
-    from libortho.evaluation import plots
 
     source = resources.files("libortho.evaluation").joinpath("report.html.j2").read_text("utf-8")
     rows = summary["rows"]
     swept = sorted((n for n in rows if n.startswith("alpha ")), key=lambda n: float(n.split()[1]))
     shown = summary["examples"][0] if summary["examples"] else {}
+    others = [key for key in shown if key not in ("question", *SPEAKERS)]
     settings = {key: summary[key] for key in ("recipe", "versions") if key in summary} | summary[
         "separation"
     ]["settings"]
@@ -46,12 +62,11 @@ def render_report(summary: dict[str, Any]) -> str:
             model_name=Path(summary["model"]).name,
             base=rows[swept[0]],
             whole=rows[swept[-1]],
-            speakers=[key for key in shown if key not in ("question", "truth")],
-            sweep=plots.alpha_sweep(rows),
-            plane=plots.forgetting_against_utility(rows),
+            speakers={key: SPEAKERS[key] for key in SPEAKERS if key in shown},
+            others=others,
+            seeds=list(summary.get("seeds", {})),
+            pictures=drawn,
             columns=[c for c in COLUMNS if any(c.measure in row for row in rows.values())],
-            truth=plots.truth_ratio_curves(rows),
-            layers=plots.ortho_per_layer(summary["separation"]["layers"]),
             settings=json.dumps(settings, indent=1, ensure_ascii=False),
         )
     )

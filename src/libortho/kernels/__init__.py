@@ -1,5 +1,6 @@
 """The arithmetic of the two streams, as functions of plain tensors.
 
-`reference` is the definition. Faster implementations have the same signatures and are tested
-against it; nothing in this package knows a layer, a method or a model.
+`reference` is the definition. `cpu` (with the C++ operators of `native`) and `triton` have the same
+signature and are tested against it; `dispatch` chooses. Nothing in this package knows a layer, a
+method or a model.
 """

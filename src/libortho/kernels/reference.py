@@ -1,9 +1,9 @@
 """What each stream computes, in plain PyTorch: the definition that fast paths are tested against.
 
-All weights are constants here: gradients flow to `x` only. Each product is an
-`autograd.Function` so that backward holds on to the *stored* weight (int8, fp16, factors) and
-never to a dequantised copy, and works through the weight in blocks of rows so that no temporary
-exceeds `BLOCK_BYTES` (plus the result itself).
+All weights are constants here: gradients flow to `x` only. Each product has a backward of its own,
+which holds on to the *stored* weight (int8, fp16, factors) and never to a dequantised copy, and
+works through the weight in blocks of rows so that no temporary exceeds `BLOCK_BYTES` (plus the
+result itself).
 
 Stored forms of a dense W, told apart by what stands beside `qdata`:
 
@@ -22,7 +22,7 @@ Shapes: `x: (..., in_features)`, result `(..., out_features)` in the dtype of `x
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -146,36 +146,58 @@ def dense_linear(
     return result
 
 
-class _CsrLinear(torch.autograd.Function):
-    # torch.sparse has no half-precision product on every device, so both passes run in at least
-    # fp32; the ortho stream is small enough that this costs little.
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]
-    ) -> Tensor:
-        ctx.save_for_backward(crow, col, values)
-        ctx.shape = shape
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        matrix = csr_tensor(crow, col, values.to(dtype), shape)
-        flat = x.reshape(-1, shape[1]).to(dtype)
-        y: Tensor = (matrix @ flat.T).T.to(x.dtype)
-        return y.reshape(*x.shape[:-1], shape[0])
+# torch.sparse has no half-precision product on every device, so both passes run in at least fp32;
+# the ortho stream is small enough that this costs little. They are operators of their own, and not
+# one autograd.Function like the dense product, because torch.compile cannot look into sparse
+# layouts: it calls an operator as it is.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        crow, col, values = ctx.saved_tensors
-        out_features, in_features = ctx.shape
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        transposed = torch.sparse_coo_tensor(
-            torch.stack((col.long(), csr_rows(crow))),
-            values.to(dtype),
-            (in_features, out_features),
-            check_invariants=False,
-        )
-        flat = grad.reshape(-1, out_features).to(dtype)
-        grad_x = torch.sparse.mm(transposed, flat.T).T.to(grad.dtype)
-        return grad_x.reshape(*grad.shape[:-1], in_features), None, None, None, None
+
+@torch.library.custom_op("libortho::csr_linear", mutates_args=())
+def _csr_linear(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, out_features: int) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    matrix = csr_tensor(crow, col, values.to(dtype), (out_features, x.shape[-1]))
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    y = (matrix @ flat.T).T.to(x.dtype).contiguous()
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+@_csr_linear.register_fake
+def _(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("libortho::csr_linear_backward", mutates_args=())
+def _csr_linear_backward(
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, in_features: int
+) -> Tensor:
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    transposed = torch.sparse_coo_tensor(
+        torch.stack((col.long(), csr_rows(crow))),
+        values.to(dtype),
+        (in_features, grad.shape[-1]),
+        check_invariants=False,
+    )
+    flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
+    grad_x = torch.sparse.mm(transposed, flat.T).T.to(grad.dtype).contiguous()
+    return grad_x.reshape(*grad.shape[:-1], in_features)
+
+
+@_csr_linear_backward.register_fake
+def _(grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, in_features: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _csr_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, crow, col, values, _ = inputs
+    ctx.save_for_backward(crow, col, values)
+    ctx.in_features = x.shape[-1]
+
+
+def _csr_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _csr_linear_backward(grad, *ctx.saved_tensors, ctx.in_features), None, None, None, None
+
+
+_csr_linear.register_autograd(_csr_backward, setup_context=_csr_setup)
 
 
 def csr_tensor(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -204,8 +226,7 @@ def csr_linear(
         values: (nnz,) floating.
         shape: (out_features, in_features) of S.
     """
-    result: Tensor = _CsrLinear.apply(x, crow, col, values, shape)
-    return result
+    return _csr_linear(x, crow, col, values, shape[0])
 
 
 def low_rank_linear(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -214,3 +235,80 @@ def low_rank_linear(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     Computed in the dtype of `x`; the factors are small, so plain autograd serves.
     """
     return (x @ right.T.to(x.dtype)) @ left.T.to(x.dtype)
+
+
+def ortho_linear(x: Tensor, ortho: Sequence[Tensor]) -> Tensor:
+    """`x @ O.T` for an ortho stream by its tensors: (left, right), or (crow, col, values).
+
+    Args:
+        x: (..., in_features).
+        ortho: as `low_rank_linear` or `csr_linear` takes them.
+    """
+    if len(ortho) == 2:
+        return low_rank_linear(x, *ortho)
+    crow, col, values = ortho
+    return csr_linear(x, crow, col, values, (crow.numel() - 1, x.shape[-1]))
+
+
+def linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    ortho: Sequence[Tensor] = (),
+    alpha: Tensor | None = None,
+) -> Tensor:
+    """`base(x) + alpha * ortho(x) + bias`: a split layer, and the signature of every backend.
+
+    Args:
+        x: (..., in_features), any floating dtype.
+        qdata, scale, zero: the stored base; see the module's text.
+        bias: (out_features,) or None.
+        ortho: as `ortho_linear`; empty for none.
+        alpha: (n,) fp32 (fp64 for x in fp64) where there is an ortho stream. n divides the rows
+            of x, counted over all leading dimensions; each value serves equally many of them.
+
+    Returns:
+        (..., out_features) in the dtype of x.
+    """
+    return add_terms(dense_linear(x, qdata, scale, zero), x, bias, ortho, alpha)
+
+
+def add_terms(
+    y: Tensor, x: Tensor, bias: Tensor | None, ortho: Sequence[Tensor], alpha: Tensor | None
+) -> Tensor:
+    """`y + alpha * ortho(x) + bias`, the part of `linear` after the base."""
+    if ortho:
+        assert alpha is not None
+        term = ortho_linear(x, ortho)
+        factor = alpha.to(torch.promote_types(x.dtype, torch.float32))
+        factor = factor.repeat_interleave(x.shape[:-1].numel() // alpha.numel())
+        y = y + (term * factor.reshape(*x.shape[:-1], 1)).to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of x (rows, columns) as INT8 codes and the step (rows, 1) fp32 between them."""
+    wide = x.float()
+    steps = wide.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (wide / steps).round_().to(torch.int8), steps
+
+
+def linear_int8_activations(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    ortho: Sequence[Tensor] = (),
+    alpha: Tensor | None = None,
+) -> Tensor:
+    """`linear` for INT8 weights with one scale a row, the base's x rounded to INT8 row by row.
+
+    The sums are exact integers; the ortho stream sees x unrounded. The error is that of eight bits
+    on x, which outliers among a row's columns make large: an option, not the default.
+    """
+    codes, steps = quantize_rows(x.reshape(-1, x.shape[-1]))
+    sums = codes.double() @ qdata.double().T
+    y = (sums * steps * scale[:, 0]).to(x.dtype).reshape(*x.shape[:-1], -1)
+    return add_terms(y, x, bias, ortho, alpha)

@@ -23,9 +23,14 @@ class OrthoStream(StoredModule):
     kind: Literal["sparse", "low_rank"]
     shape: tuple[int, int]
 
+    @property
     @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What kernels take: (left, right), or (crow, col, values)."""
+
     def forward(self, x: Tensor) -> Tensor:
         """`x @ O.T`; x (..., in_features) -> (..., out_features), in the dtype of x."""
+        return reference.ortho_linear(x, self.tensors)
 
     @abstractmethod
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,8 +67,9 @@ class SparseOrtho(OrthoStream):
         shape = (matrix.shape[0], matrix.shape[1])
         return cls(crow, col.to(torch.int32), matrix[row, col].to(dtype), shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return reference.csr_linear(x, self.crow, self.col, self.values, self.shape)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.crow, self.col, self.values)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         matrix = torch.zeros(self.shape, dtype=dtype, device=self.values.device)
@@ -117,8 +123,9 @@ class LowRankOrtho(OrthoStream):
             )
         return cls(left.to(dtype).contiguous(), right.to(dtype).contiguous())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return reference.low_rank_linear(x, self.left, self.right)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.left, self.right)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.left.to(dtype) @ self.right.to(dtype)

@@ -285,7 +285,7 @@ class _Upstream:
             usage = chunk.get("usage") or {}
             prompt_tokens = usage.get("prompt_tokens", prompt_tokens)
             made = usage.get("completion_tokens", made)
-            text, tokens = "", ()
+            text, tokens = "", tuple[TokenLogprob, ...]()
             for choice in chunk["choices"]:
                 text += (
                     (choice["delta"].get("content") or "") if "delta" in choice else choice["text"]

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-from libortho.checkpoint.manifest import REPORT
+from libortho.checkpoint.names import REPORT
 from libortho.data.tokens import prompt_text
 from libortho.serve.gate import Gate
 

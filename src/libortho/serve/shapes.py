@@ -68,7 +68,8 @@ class _Sampled(_Request):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
+    # Whole numbers that every JSON reader keeps exactly (RFC 8259, section 6).
+    seed: Annotated[int, Field(gt=-(2**53), lt=2**53), WHOLE] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -21,7 +21,7 @@ from libortho.forgetting import (
     targets_from_earlier_model,
 )
 from libortho.goal import Goal
-from libortho.gradients import output_sensitivity, with_edits
+from libortho.gradients import FactorGradient, output_sensitivity, with_edits
 from libortho.methods.geometric import (
     Descent,
     GeometricConfig,
@@ -36,6 +36,7 @@ from libortho.report import Split
 from libortho.scoring import answer_probability, sequence_nll
 from libortho.solvers.problem import Problem, batches_of
 from libortho.solvers.search import search
+from libortho.solvers.spectrum import edit_spectrum
 
 SENSITIVITY_TOKENS = 512
 """Tokens over which a layer's output sensitivity is averaged: one number, soon stable."""
@@ -43,13 +44,16 @@ SENSITIVITY_TOKENS = 512
 FIND_TOKENS = 6_000
 """Tokens of the forget set, evenly spread, that the directions are found on."""
 
-POOL_TOKENS = 3_000
+POOL_TOKENS = 1_500
 """Tokens of retain and general text, evenly spread, that the second phase draws from."""
 
 WINDOW = 80
 """Longest sequence of running text there, in tokens: each of them is predicted, which is dear."""
 
-NEAR = 4.0
+KEEP_EVERY = 2
+"""Steps that use one piece of retain text: what it says changes little from one to the next."""
+
+NEAR = 2.0
 """Multiple of the wanted probability below which it is measured after every epoch."""
 
 FEW = 16
@@ -77,6 +81,10 @@ def solve_geometric(problem: Problem, method: GeometricConfig) -> dict[str, Spli
             edits = _descend(problem, method, goal, metrics, budget)
         else:
             edits = _project(problem, goal, metrics, budget)
+    with journal.stage("spectrum"):
+        journal.tell("spectrum", 0, 1)
+        journal.spectrum = edit_spectrum(problem, edits, metrics)
+        journal.tell("spectrum", 1, 1)
     splits = {}
     with journal.stage("quantise"):
         for done, (name, weight) in enumerate(problem.weights.items()):
@@ -190,6 +198,8 @@ class _Fit:
         ]
         self._kept = batches_of(pools, method.retain_tokens, method.seed)
         self._originals: dict[int, Target] = {}
+        self._keeping: Mapping[str, FactorGradient] = {}
+        self._taken = 0
         self._estimate: float | None = None
         self.steps = math.ceil(len(problem.forget) / method.batch)
         """Steps of an epoch."""
@@ -214,20 +224,34 @@ class _Fit:
             edits,
             by="factors",
         )
-        items = next(self._kept)
-        kept = preservation(
-            problem.model, problem.layers, items, self._originals_of(items), edits, by="factors"
-        )
-        if not math.isfinite(forgotten.loss + kept.loss):
-            raise ValueError("the loss of the forget or retain set is not finite")
+        if self._taken % KEEP_EVERY == 0:
+            self._keeping = self._keep(edits)
+        self._taken += 1
+        if not math.isfinite(forgotten.loss):
+            raise ValueError("the forget set's loss is not finite")
         self._descent.fit(
             {
-                name: (left + kept.gradients[name][0], right + kept.gradients[name][1])
+                name: (left + self._keeping[name][0], right + self._keeping[name][1])
                 for name, (left, right) in forgotten.gradients.items()
             },
             self._method.rate,
         )
         return forgotten.probability
+
+    def _keep(self, edits: Mapping[str, LowRankEdit]) -> Mapping[str, FactorGradient]:
+        """What the next piece of retain text says of the edits."""
+        items = next(self._kept)
+        kept = preservation(
+            self._problem.model,
+            self._problem.layers,
+            items,
+            self._originals_of(items),
+            edits,
+            by="factors",
+        )
+        if not math.isfinite(kept.loss):
+            raise ValueError("the retain set's loss is not finite")
+        return kept.gradients
 
     def _originals_of(self, items: list[Tokens]) -> list[Target]:
         """What the model itself says of retain text, without the edit; asked once for each."""

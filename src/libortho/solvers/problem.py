@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from libortho.data.tokens import Tokens
 from libortho.goal import Goal
+from libortho.report import LayerSpectrum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,12 +31,14 @@ class Journal:
         seconds: stage -> seconds.
         warnings: what a reader of the report must not miss.
         target: what was aimed at and found, for the report.
+        spectrum: layer -> energies of its directions, for the report.
     """
 
     progress: Progress | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     target: dict[str, Any] = field(default_factory=dict)
+    spectrum: dict[str, LayerSpectrum] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,8 @@ from libortho.evaluation.metrics import (
     min_k_plus_plus_score,
     min_k_score,
     privleak,
+    roc_curve,
+    tpr_at_fpr,
     zlib_score,
 )
 
@@ -86,3 +89,32 @@ def test_privleak() -> None:
     assert privleak(0.0, 0.5) == pytest.approx(100)  # conspicuously unlikely
     assert privleak(0.6, 0.2) == pytest.approx((0.4 - 0.8) / 0.8 * 100)
     assert math.isfinite(privleak(0.5, 1.0))
+
+
+scores_of_some = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=12)
+
+
+@given(scores_of_some, scores_of_some, st.sampled_from([0.0, 0.01, 0.2, 0.5, 1.0]))
+def test_tpr_is_the_best_of_all_thresholds(forget, holdout, fpr: float) -> None:
+    best = 0.0
+    for threshold in [-1, *range(8)]:
+        wrong = sum(s <= threshold for s in holdout)
+        if wrong <= fpr * len(holdout):
+            best = max(best, sum(s <= threshold for s in forget) / len(forget))
+    assert tpr_at_fpr(forget, holdout, fpr) == pytest.approx(best)
+
+
+@given(scores_of_some, scores_of_some)
+def test_the_area_under_the_curve_is_the_auc(forget, holdout) -> None:
+    curve = roc_curve(forget, holdout)
+    assert curve[0] == (0.0, 0.0)
+    assert curve[-1] == (1.0, 1.0)
+    area = sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in pairwise(curve))
+    assert area == pytest.approx(membership_auc(forget, holdout))
+
+
+def test_rates_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"fpr=-0\.1"):
+        tpr_at_fpr([1.0], [2.0], -0.1)
+    with pytest.raises(ValueError, match="expected at least 1 each"):
+        tpr_at_fpr([], [2.0])

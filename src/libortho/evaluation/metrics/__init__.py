@@ -12,6 +12,8 @@ from libortho.evaluation.metrics.membership import (
     min_k_plus_plus_score,
     min_k_score,
     privleak,
+    roc_curve,
+    tpr_at_fpr,
     zlib_score,
 )
 from libortho.evaluation.metrics.memorisation import exact_memorization, extraction_strength
@@ -42,9 +44,11 @@ __all__ = [
     "normalised_probability",
     "privleak",
     "probability",
+    "roc_curve",
     "rouge_l_recall",
     "rouge_scores",
     "token_words",
+    "tpr_at_fpr",
     "true_better",
     "truth_ratio",
     "vocabulary",

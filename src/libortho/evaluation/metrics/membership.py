@@ -106,6 +106,44 @@ def membership_auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
     return above / (len(holdout) * len(forget))
 
 
+def roc_curve(forget: Sequence[float], holdout: Sequence[float]) -> list[tuple[float, float]]:
+    """(false positive rate, true positive rate) at every threshold, from (0, 0) to (1, 1).
+
+    At a threshold every example with a score at or below it is called a member: equal scores fall
+    on one side together.
+
+    Args:
+        forget: scores of members, holdout: of others; the sign of a loss.
+
+    Raises:
+        ValueError: as `membership_auc`.
+    """
+    membership_auc(forget, holdout)  # its checks
+    thresholds = sorted({*forget, *holdout})
+    return [(0.0, 0.0)] + [
+        (
+            sum(score <= threshold for score in holdout) / len(holdout),
+            sum(score <= threshold for score in forget) / len(forget),
+        )
+        for threshold in thresholds
+    ]
+
+
+def tpr_at_fpr(forget: Sequence[float], holdout: Sequence[float], fpr: float = 0.01) -> float:
+    """Largest share of members recognised with at most the share `fpr` of others mistaken.
+
+    The measure of Carlini et al. 2022 (arXiv 2112.03570): an attacker who is sure of a few is worse
+    than one who is a little better than chance on all. With n others, rates are multiples of 1 / n:
+    below 100 of them, 1 % means none at all.
+
+    Raises:
+        ValueError: as `membership_auc`, or `fpr` is not in [0, 1].
+    """
+    if not 0 <= fpr <= 1:
+        raise ValueError(f"fpr={fpr}: expected a rate in [0, 1]")
+    return max(tpr for wrong, tpr in roc_curve(forget, holdout) if wrong <= fpr)
+
+
 def privleak(auc: float, reference_auc: float) -> float:
     """How far an AUC is from a retrained model's, in percent (MUSE: Shi et al. 2024, 2407.06460).
 

@@ -1,0 +1,96 @@
+"""Can what the demo forgets be got back? Every attack on its split, beside the retrained model.
+
+    python benchmarks/attacks.py [--size small|full] [--attacks extraction,...] [--out DIR]
+        [--data TOFU_FOLDER] [--json FILE]
+
+The split is the demo's own (`libortho tofu`: the embedded model, ten embedded authors, two to
+forget), or with --data TOFU's first two forget authors and ten retain authors. Fine-tunes are
+cached; the split and each attack on each model are kept in --out, and a run that was killed goes on
+where it was. The bars are those of `libortho.attacks.suite`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from libortho.attacks.common import AttackData
+from libortho.attacks.registry import ATTACKS, attack_configs
+from libortho.attacks.show import draw_attacks, print_attacks
+from libortho.attacks.suite import BASE, ORIGINAL, REFERENCE, Source, run_attacks
+from libortho.checkpoint import read_manifest
+from libortho.cli.console import progress_bars, write_json
+from libortho.data.embedded import cache_dir, embedded_model_path
+from libortho.data.tasks import embedded_task, tofu_task
+from libortho.data.tokens import encode
+from libortho.evaluation.finetuned import fine_tuned, load_model
+from libortho.evaluation.tofu import TofuJob, run_tofu
+from libortho.training import Progress
+
+
+def made_split(job: TofuJob, folder: Path, progress: Progress) -> tuple[Path, Path]:
+    """The job's split and its retrain reference, made now or found where they were made."""
+    run_tofu(job, folder, progress)
+    tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
+    retain, forget = (
+        [encode(e, tokenizer, job.template) for e in part]
+        for part in (job.task.retain, job.task.forget)
+    )
+    recipe = dataclasses.replace(job.recipe, seed=job.seeds[0])
+    full = fine_tuned(job.model, [*retain, *forget], recipe, "full", progress)
+    alike = dataclasses.replace(recipe, target=1.0, max_epochs=full.epochs)
+    reference = fine_tuned(job.model, retain, alike, "reference", progress)
+    return folder / "split", reference.folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="small", help="small or full")
+    parser.add_argument("--attacks", default=",".join(ATTACKS), help="which, with commas")
+    parser.add_argument("--data", help="a folder in TOFU's layout; default: the embedded authors")
+    parser.add_argument("--out", type=Path, help="default: a folder in the cache")
+    parser.add_argument("--json", type=Path, help="write the results here, too")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    seed = arguments.seed
+    task = tofu_task(arguments.data) if arguments.data else embedded_task(seed=seed)
+    model = str(embedded_model_path())
+    job = TofuJob(model=model, task=task, alphas=(0.0, 1.0), seeds=(seed,))
+    out = arguments.out or cache_dir() / "attacked" / f"{task.name}-seed-{seed}"
+    configs = attack_configs(arguments.attacks.split(","), arguments.size, seed)
+    with progress_bars() as progress:
+        split, reference = made_split(job, out / "job", progress)
+        sources = {
+            BASE: Source(str(split)),
+            REFERENCE: Source(str(reference)),
+            ORIGINAL: Source(str(split), alpha=1.0),
+        }
+        data = AttackData(
+            tokenizer=AutoTokenizer.from_pretrained(split, trust_remote_code=False),
+            forget=task.forget,
+            retain=task.retain,
+            holdout=task.unseen,
+            template=job.template,
+            pretrained=load_model(model),
+        )
+        folder = out / f"attacks-{arguments.size}-{'-'.join(configs)}"
+        layers = tuple(read_manifest(split).layers)
+        told = {"task": task.source, "size": arguments.size, "seed": seed, "pretrained": model}
+        summary = run_attacks(sources, layers, data, configs, folder, progress, told)
+    draw_attacks(summary, folder / "attacks.png")
+    # What is kept of it names no place of the machine that it ran on.
+    named = {
+        who: one | {"folder": Path(one["folder"]).name} for who, one in summary["models"].items()
+    }
+    write_json(arguments.json, summary | {"models": named, "pretrained": Path(model).name})
+    print_attacks(summary, Console())
+    print(f"\nresults  {folder / 'attacks.json'}\npicture  {folder / 'attacks.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What the benchmarks share: interleaved rounds, medians, and the list of bars that they keep.
+
+Nothing that is compared is timed apart: a round times every variant once, and a ratio is the median
+of the rounds' own ratios, so that a machine that slows down slows both sides of it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+BARS = Path(__file__).parent / "results" / "bars.json"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One requirement.
+
+    Attributes:
+        bar: what is measured, with "at least" or "at most" before `required`.
+        value, required: of one unit, usually a ratio.
+        holds: whether value meets required.
+    """
+
+    bar: str
+    value: float
+    required: float
+    holds: bool
+
+
+def at_least(what: str, value: float, required: float) -> Bar:
+    return Bar(f"{what}: at least", round(value, 4), required, value >= required)
+
+
+def at_most(what: str, value: float, required: float) -> Bar:
+    return Bar(f"{what}: at most", round(value, 4), required, value <= required)
+
+
+class Rounds:
+    """Seconds of each variant, round by round.
+
+    Args:
+        variants: name -> function of a running number; it does the work once.
+        rounds: how many.
+        seconds: about how long one variant is timed in one round (at least one call).
+    """
+
+    def __init__(
+        self, variants: Mapping[str, Callable[[int], object]], rounds: int, seconds: float
+    ) -> None:
+        calls = {}
+        for name, function in variants.items():
+            function(0)
+            start = time.perf_counter()
+            function(1)
+            calls[name] = max(1, round(seconds / (time.perf_counter() - start)))
+        self.times: dict[str, list[float]] = {name: [] for name in variants}
+        counts = dict.fromkeys(variants, 2)
+        names = list(variants)
+        for turn in range(rounds):
+            # Each round begins with another variant: whoever follows a heavy one is not always
+            # the same.
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                function, first = variants[name], counts[name]
+                start = time.perf_counter()
+                for number in range(first, first + calls[name]):
+                    function(number)
+                self.times[name].append((time.perf_counter() - start) / calls[name])
+                counts[name] += calls[name]
+
+    def median(self, name: str) -> float:
+        """Seconds a call."""
+        return statistics.median(self.times[name])
+
+    def ratio(self, above: str, below: str) -> float:
+        """Median over rounds of time(above) / time(below)."""
+        pairs = zip(self.times[above], self.times[below], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def keep(source: str, bars: list[Bar], path: Path) -> bool:
+    """Print the bars, put them into the list at `path` in place of `source`'s; True if all hold."""
+    table = Table(title=f"bars of {source}", title_justify="left")
+    for heading in ("bar", "value", "required", "holds"):
+        table.add_column(heading, justify="left" if heading == "bar" else "right")
+    for bar in bars:
+        style = None if bar.holds else "red"
+        table.add_row(bar.bar, f"{bar.value:.3f}", f"{bar.required:g}", str(bar.holds), style=style)
+    Console(width=110).print(table)
+    known = json.loads(path.read_text()) if path.exists() else []
+    others = [bar for bar in known if not bar["bar"].startswith(f"{source}: ")]
+    mine = [asdict(bar) | {"bar": f"{source}: {bar.bar}"} for bar in bars]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(others + mine, indent=1) + "\n")
+    return all(bar.holds for bar in bars)

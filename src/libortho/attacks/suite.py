@@ -1,0 +1,218 @@
+"""All attacks on all models, and what the numbers come to beside a model that never knew."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import libortho
+from libortho.attacks.common import AttackData, Findings, Score, Subject
+from libortho.attacks.registry import ATTACKS
+from libortho.attacks.relearning import STEPS
+from libortho.evaluation.bars import Bar, at_least, at_most
+from libortho.evaluation.folder import JobFolder, slug
+from libortho.evaluation.tofu import versions
+from libortho.files import write_json
+from libortho.training import Progress
+
+BASE, REFERENCE, ORIGINAL = "alpha 0", "reference", "alpha 1"
+"""The models that bars are about, by name."""
+
+RECALL_MARGIN = 0.05
+MEMBERSHIP_MARGIN = 0.02
+INT4_SHIFT = 0.02
+LEAST_STEPS = 0.7
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model to be attacked is.
+
+    Attributes:
+        folder: a split checkpoint, or whatever `load_model` takes.
+        alpha: at which a split is attacked.
+    """
+
+    folder: str
+    alpha: float = 0.0
+
+
+def run_attacks(
+    sources: Mapping[str, Source],
+    layers: tuple[str, ...],
+    data: AttackData,
+    configs: Mapping[str, Any],
+    folder: Path,
+    progress: Progress,
+    described: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Run every attack on every model, one model in memory at a time; see the module's text.
+
+    What was found is kept in `folder`, and a run that was killed goes on where it was.
+
+    Args:
+        sources: by name, among them `BASE`; `REFERENCE` makes the bars.
+        layers: the linear layers that were split.
+        configs: name of an attack -> its config.
+        folder: empty, or that of an interrupted run of the same attacks.
+        progress: called as work goes on.
+        described: what else the results depend on (files of questions, the pretrained model),
+            JSON-ready; it is in the result, too.
+
+    Returns:
+        The results, JSON-ready, also written to `attacks.json` in `folder`.
+
+    Raises:
+        FileExistsError: `folder` holds something else.
+        ValueError, OSError: as the loading of models does.
+    """
+    store = JobFolder(folder, _identity(sources, layers, data, configs, described))
+    results: dict[str, Any] = {name: {"scores": {}, "missing": {}} for name in configs}
+    seconds: dict[str, dict[str, float]] = {name: {} for name in configs}
+    for who, source in sources.items():
+        subject: Subject | None = None
+        for name, config in configs.items():
+            file = f"{slug(who)}-{name}.json"
+            if not store.has(0, file):
+                if subject is None:
+                    progress(f"{who}: load", 0, 1)
+                    subject = Subject.load(who, source.folder, layers, source.alpha)
+                clock = time.perf_counter()
+                found = ATTACKS[name].run(subject, data, config, _named(who, name, progress))
+                store.write(0, file, _kept(found, time.perf_counter() - clock))
+            held = store.read(0, file)
+            results[name]["scores"][who] = held["scores"]
+            results[name]["missing"][who] = held["missing"]
+            seconds[name][who] = held["seconds"]
+        del subject
+        gc.collect()
+    summary = {
+        "models": {who: dataclasses.asdict(source) for who, source in sources.items()},
+        "data": {name: len(getattr(data, name)) for name in ("forget", "retain", "holdout")},
+        "attacks": {
+            name: {"config": dataclasses.asdict(configs[name]), **result, "seconds": seconds[name]}
+            for name, result in results.items()
+        },
+        "bars": [bar.to_dict() for bar in attack_bars(results)],
+        **described,
+        "versions": versions(),
+    }
+    write_json(folder / "attacks.json", summary)
+    return summary
+
+
+def _named(who: str, attack: str, progress: Progress) -> Progress:
+    return lambda stage, done, total: progress(f"{who}: {attack}, {stage}", done, total)
+
+
+def _kept(found: Findings, seconds: float) -> dict[str, Any]:
+    return {
+        "scores": [score.to_dict() for score in found.scores],
+        "missing": dict(found.missing),
+        "seconds": seconds,
+    }
+
+
+def _identity(
+    sources: Mapping[str, Source],
+    layers: tuple[str, ...],
+    data: AttackData,
+    configs: Mapping[str, Any],
+    described: Mapping[str, Any],
+) -> dict[str, Any]:
+    from libortho.evaluation.finetuned import model_identity
+
+    return {
+        "libortho": libortho.__version__,
+        "model": sources[BASE].folder,
+        "methods": {name: dataclasses.asdict(config) for name, config in configs.items()},
+        "seeds": [0],
+        "sources": {
+            who: [model_identity(source.folder), source.alpha] for who, source in sources.items()
+        },
+        "layers": layers,
+        "examples": [
+            [dataclasses.asdict(e) for e in part]
+            for part in (data.forget, data.retain, data.holdout)
+        ],
+        "unrelated": data.unrelated,
+        "template": data.template,
+        "described": dict(described),
+    }
+
+
+# -- bars ----------------------------------------------------------------------------------------
+
+
+def attack_bars(results: Mapping[str, Mapping[str, Any]]) -> list[Bar]:
+    """What the base must keep to; none without both the base and the reference.
+
+    Args:
+        results: attack -> {"scores": {model: [a score as `Score.to_dict` makes it]}}.
+    """
+    found: list[Bar] = []
+    for attack, result in results.items():
+        scores = {
+            who: {one["name"]: Score.from_dict(one) for one in listed}
+            for who, listed in result["scores"].items()
+        }
+        if BASE not in scores or REFERENCE not in scores:
+            return []
+        base, reference = scores[BASE], scores[REFERENCE]
+        if attack == "perturbation":
+            found += _int4(base)
+        found += _beside(attack, base, reference)
+    return found
+
+
+def _beside(attack: str, base: dict[str, Score], reference: dict[str, Score]) -> list[Bar]:
+    """The worst score of an attack, beside the reference's, of those that both models have."""
+    both = {name: (base[name], reference[name]) for name in base if name in reference}
+    steps = {name: pair for name, pair in both.items() if pair[0].measure == STEPS}
+    excess = {n: ours.value - theirs.value for n, (ours, theirs) in both.items() if n not in steps}
+    found = [_steps(attack, steps)] if steps else []
+    if excess:
+        name = max(excess, key=excess.__getitem__)
+        margin = MEMBERSHIP_MARGIN if attack == "membership" else RECALL_MARGIN
+        bar = f"{attack}: {both[name][0].measure} beyond the reference's (worst: {name})"
+        found.append(at_most(bar, excess[name], margin))
+    return found
+
+
+def _steps(attack: str, pairs: Mapping[str, tuple[Score, Score]]) -> Bar:
+    """Where the base recalls and the reference never did, the ratio is below what is shown.
+
+    Such a bar does not hold. Where neither recalls, the ratio is 1.
+    """
+
+    def never(pair: tuple[Score, Score]) -> bool:
+        ours, theirs = pair
+        return bool(ours.details["reached"]) and not theirs.details["reached"]
+
+    ratios = {name: _ratio(ours.value, theirs.value) for name, (ours, theirs) in pairs.items()}
+    name = min(ratios, key=lambda n: (not never(pairs[n]), ratios[n]))
+    bar = f"{attack}: steps over the reference's (worst: {name}"
+    if never(pairs[name]):
+        bar += ", which the reference never recalls"
+    made = at_least(f"{bar})", ratios[name], LEAST_STEPS)
+    return dataclasses.replace(made, holds=made.holds and not never(pairs[name]))
+
+
+def _ratio(ours: float, theirs: float) -> float:
+    """ours / theirs; 1 where both know from the start."""
+    return (ours / theirs) if theirs else (1.0 if not ours else math.inf)
+
+
+def _int4(base: Mapping[str, Score]) -> list[Bar]:
+    moves = {n: abs(s.details["shift"]) for n, s in base.items() if n.startswith("INT4")}
+    if not moves:
+        return []
+    name = max(moves, key=moves.__getitem__)
+    bar = f"perturbation: move of the forget probability by re-quantisation (worst: {name})"
+    return [at_most(bar, moves[name], INT4_SHIFT)]

@@ -1,0 +1,58 @@
+"""`report.json`: how the split was made and what was measured of it, for people and for the card.
+
+Loading needs nothing of it but the layers' own reports, which `separation_report` shows again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+from libortho.checkpoint.names import REPORT
+from libortho.checkpoint.schema import blame, decode, read_object
+from libortho.report import LayerReport, SeparationReport
+
+_DERIVED = "density"
+"""What `SeparationReport.to_dict` adds to a layer's own fields."""
+
+
+def report_text(report: SeparationReport) -> str:
+    """The text of `report.json`; numbers that JSON lacks (NaN, Inf) become null."""
+    return json.dumps(_without_nonfinite(report.to_dict()), indent=1, allow_nan=False) + "\n"
+
+
+def read_reports(folder: Path, layers: Container[str]) -> dict[str, LayerReport]:
+    """The layers' reports by name, empty where the folder has no `report.json`.
+
+    Raises:
+        CheckpointError: it is malformed, or speaks of a layer that is not among `layers`.
+    """
+    path = folder / REPORT
+    if not path.is_file():
+        return {}
+    with blame(path):
+        plain = read_object(path).get("layers")
+        if not isinstance(plain, list):
+            raise ValueError(f"layers={plain!r}: expected an array")
+        found = {}
+        for position, entry in enumerate(plain):
+            if isinstance(entry, dict):
+                entry = {key: value for key, value in entry.items() if key != _DERIVED}
+            report: LayerReport = decode(LayerReport, entry, f"layers[{position}]")
+            if report.name not in layers:
+                raise ValueError(f"layers[{position}].name={report.name!r}: no such layer is split")
+            found[report.name] = report
+    return found
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

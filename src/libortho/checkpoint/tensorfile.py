@@ -1,0 +1,135 @@
+"""safetensors files seen from outside: what is in them, and where each tensor's bytes lie.
+
+The safetensors library checks a file and hands out tensors; digests and the search of `strip` need
+the bytes themselves. A file is eight bytes (the header's length, little-endian), a JSON header with
+each tensor's dtype, shape and offsets, and the data that the offsets count from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from libortho.errors import CheckpointError
+
+CHUNK = 2**20
+"""Bytes read at a time: digests take no more memory than this a thread."""
+THREADS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file.
+
+    Attributes:
+        file: that it is in.
+        dtype: as safetensors names it ("F32", "BF16", "I8", "U8").
+        shape: its dimensions.
+        start, stop: where its bytes lie in the file.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, open for reading; CheckpointError where it is none."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def read_entries(path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a file by name.
+
+    Raises:
+        CheckpointError: the file is truncated or not a safetensors file.
+    """
+    with opened(path), path.open("rb") as file:  # the library has checked the header by now
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, part in header.items():
+        start, stop = (8 + length + offset for offset in part["data_offsets"])
+        entries[name] = TensorEntry(path, part["dtype"], tuple(part["shape"]), start, stop)
+    return entries
+
+
+def chunks(entry: TensorEntry) -> Iterator[memoryview]:
+    """The bytes of one tensor, some at a time; each view holds until the next is asked for.
+
+    Raises:
+        CheckpointError: the file has become shorter since its header was read.
+    """
+    # One buffer for all: a new one each time costs more, in page faults, than the hash.
+    left = entry.stop - entry.start
+    buffer = memoryview(bytearray(min(left, CHUNK)))
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        while left:
+            count = file.readinto(buffer[: min(left, CHUNK)])
+            if not count:
+                raise CheckpointError(f"{entry.file}: became shorter while it was read")
+            left -= count
+            yield buffer[:count]
+
+
+def digest(entries: Mapping[str, TensorEntry]) -> str:
+    """One SHA-256 for a set of tensors, however they are spread over files.
+
+    It is taken of one line a tensor, sorted by name: name, dtype, dimensions with "x" between them,
+    and the SHA-256 of its bytes, with a tab between each two and a newline at the end. So neither
+    the number of shards nor a file's layout changes it, and any bit of any tensor does.
+    """
+    names = sorted(entries)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda name: _sha256(chunks(entries[name])), names))
+    lines = (
+        "\t".join((name, entries[name].dtype, "x".join(map(str, entries[name].shape)), own)) + "\n"
+        for name, own in zip(names, found, strict=True)
+    )
+    return _sha256(line.encode() for line in lines)
+
+
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
+
+
+def shards_of(index: Path) -> Sequence[str]:
+    """The file names that a `model.safetensors.index.json` speaks of, sorted.
+
+    Raises:
+        CheckpointError: it is no such index, or names a file outside of its folder.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not an index of shards ({error!r})") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise CheckpointError(f"{index}: names the file {name!r}, expected one in its folder")
+    if not names:
+        raise CheckpointError(f"{index}: names no file")
+    return names

@@ -1,0 +1,31 @@
+"""`libortho eval`: perplexity and probability per token of a text, at each alpha."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from libortho.checkpoint import load_split
+from libortho.cli.console import console, progress_bars, write_json
+from libortho.data.tokens import Template
+from libortho.evaluation.show import print_evaluation
+from libortho.evaluation.text import evaluate_text, parse_alphas
+
+
+def run_evaluate(
+    folder: Path,
+    text: Path,
+    *,
+    alpha: str,
+    template: Template,
+    json_file: Path | None,
+    seed: int,
+) -> None:
+    """Measure a split on a text at each of the comma-separated alphas."""
+    torch.manual_seed(seed)
+    alphas = parse_alphas(alpha)
+    with progress_bars() as progress:
+        result = evaluate_text(load_split(folder), folder, text, alphas, template, progress)
+    write_json(json_file, result)
+    print_evaluation(result, console)

@@ -1,0 +1,61 @@
+"""`libortho separate`: split a model of one's own in two files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from transformers import AutoTokenizer
+
+from libortho.checkpoint import check_writable, save_split
+from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
+from libortho.data.examples import read_jsonl
+from libortho.evaluation.finetuned import load_model
+from libortho.separate import SeparationConfig, check_forget, separate_
+
+
+def run_separate(
+    model: str,
+    config: SeparationConfig,
+    *,
+    forget: Path | None,
+    retain: Path,
+    before: str | None,
+    unseen: Path | None,
+    out: Path,
+    forgotten: str | None,
+    json_file: Path | None,
+) -> None:
+    """Read the sets, split the model, write the split and say what it came to."""
+    # Everything that can be wrong with the arguments is found before the model is loaded.
+    check_writable(out)
+    forget_set = None if forget is None else read_jsonl(forget)
+    check_forget(config, forget_set)
+    retain_set = read_jsonl(retain)
+    unseen_set = None if unseen is None else read_jsonl(unseen)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    loaded = load_model(model)
+    with progress_bars() as progress:
+        report = separate_(
+            loaded,
+            forget_set,
+            retain_set,
+            config,
+            tokenizer=tokenizer,
+            before=None if before is None else load_model(before),
+            unseen=unseen_set,
+            progress=progress,
+        )
+    save_split(
+        loaded,
+        out,
+        tokenizer=tokenizer,
+        report=report,
+        base_model=None if Path(model).exists() else model,
+        forgotten=forgotten,
+    )
+    write_json(json_file, report.to_dict())
+    console.print(str(report), highlight=False, soft_wrap=True)
+    console.print(f"\nsplit   {out}")
+    if report.reached is False:
+        raise typer.Exit(EXIT_NOT_FORGOTTEN)

@@ -1,0 +1,48 @@
+"""`libortho strip`: a base-only deployment, and what was searched to prove that it is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from libortho.cli.console import console, reporting_errors, write_json
+from libortho.cli.options import Json
+
+
+def strip(
+    folder: Annotated[Path, typer.Argument(help="A split checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder for the copy without the ortho stream.")],
+    json_file: Json = None,
+) -> None:
+    """Copy a split checkpoint without its ortho stream, and search the copy for its bytes.
+
+    Only files that the format knows are copied. Every byte of the copy is then compared with every
+    32-byte block of every ortho tensor; if one is found, nothing is written and it exits 2.
+    """
+    with reporting_errors():
+        from libortho.checkpoint import strip as strip_split
+        from libortho.checkpoint.search import BLOCK
+
+        searched = strip_split(folder, out)
+        write_json(json_file, dataclasses.asdict(searched))
+        console.print(f"base    {out}", soft_wrap=True)
+        if not searched.tensors and not searched.silent:
+            console.print("there was no ortho stream to look for")
+        else:
+            console.print(
+                f"searched {searched.nbytes:,} bytes in {len(searched.files)} files for "
+                f"{searched.blocks:,} blocks of {BLOCK} bytes, of {searched.tensors} ortho "
+                "tensors: none of them was found",
+                highlight=False,
+                soft_wrap=True,
+            )
+        if searched.silent:
+            console.print(
+                f"not searched for, as they are empty or hold few different bytes: "
+                f"{', '.join(searched.silent)}",
+                highlight=False,
+                soft_wrap=True,
+            )

@@ -1,0 +1,1 @@
+"""LibOrtho inside other packages. Each module here needs its package, and is imported with it."""

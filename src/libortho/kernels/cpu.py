@@ -1,0 +1,130 @@
+"""The best that a CPU has for a number of rows; results as `kernels.reference` defines them.
+
+With the C++ operators (`kernels.native`), one call does both streams, alpha and the bias:
+
+    up to 3 rows, or 16 where x is not bf16 or there are no matrix tiles: one pass over the stored
+        weight, which memory bandwidth bounds;
+    more, bf16 with tiles (AMX): blocks of the weight widened in the cache and multiplied there;
+    else: the reference's product in blocks for the base, and the operator for the ortho stream.
+
+Without them PyTorch's kernels serve: `_weight_int8pack_mm` for few rows of bf16 on INT8 with one
+scale a row, and the reference for everything else. (`_weight_int4pack_mm_for_cpu` cannot hold this
+INT4: its zero points are bf16 numbers, ours times a scale need sixteen bits.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from libortho.kernels import native, reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS_BEFORE_TILES = 3
+"""Up to here one pass over the weight, row by row, is faster than tiles of sixteen rows."""
+ROWS_AT_ONCE = 16
+"""Up to here it is faster than dequantising the weight first, where there are no tiles."""
+ROWS_INT8PACK = 8
+"""Up to here `_weight_int8pack_mm` is faster than dequantising and multiplying in bf16."""
+
+
+def linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    ortho: Sequence[Tensor] = (),
+    alpha: Tensor | None = None,
+) -> Tensor:
+    """As `reference.linear`; no gradients flow."""
+    if x.numel() == 0 or 0 in qdata.shape:
+        return reference.linear(x, qdata, scale, zero, bias, ortho, alpha)
+    rows = x.numel() // x.shape[-1]
+    if not (native.available() and x.dtype in _DTYPES and _stored_as_expected(qdata, scale, ortho)):
+        return _with_torch(x, rows, qdata, scale, zero, bias, ortho, alpha)
+    x = x.contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    group = 0 if scale is None else x.shape[-1] // scale.shape[1]
+    whole = scale is None or scale.shape[1] == 1 or group % 32 == 0
+    tiles = x.dtype == torch.bfloat16 and whole and native.has_tiles()
+    if rows <= (ROWS_BEFORE_TILES if tiles else ROWS_AT_ONCE):
+        way = native.ROWS
+    elif tiles:
+        way = native.TILES
+    else:
+        y = reference.dense_linear(x, qdata, scale, zero)
+        if ortho:
+            native.add_ortho()(y, x, ortho, alpha)
+        return y if bias is None else y + bias
+    return native.split_linear()(x, qdata, scale, zero, bias, ortho, alpha, way)
+
+
+def _stored_as_expected(qdata: Tensor, scale: Tensor | None, ortho: Sequence[Tensor]) -> bool:
+    """False for what only the reference handles: other dtypes, strides, odd groups of INT4."""
+    if qdata.dtype == torch.uint8:
+        assert scale is not None
+        if (2 * qdata.shape[1] // scale.shape[1]) % 32:
+            return False
+    elif qdata.dtype not in (torch.int8, torch.float16):
+        return False
+    if not qdata.is_contiguous():
+        return False
+    return all(part.is_contiguous() for part in ortho) and (not ortho or ortho[-1].dtype in _DTYPES)
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(count: int) -> Tensor:
+    return torch.ones(count, dtype=torch.bfloat16)
+
+
+def _with_torch(
+    x: Tensor,
+    rows: int,
+    qdata: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    ortho: Sequence[Tensor],
+    alpha: Tensor | None,
+) -> Tensor:
+    fits = qdata.dtype == torch.int8 and scale is not None and scale.shape[1] == 1
+    if not (fits and x.dtype == torch.bfloat16 and rows <= ROWS_INT8PACK):
+        return reference.linear(x, qdata, scale, zero, bias, ortho, alpha)
+    assert scale is not None
+    # Its scales would be bf16; ours, fp32, multiply the result instead.
+    y = torch._weight_int8pack_mm(x.reshape(rows, -1), qdata, _ones(qdata.shape[0]))
+    y = (y * scale[:, 0]).to(x.dtype).reshape(*x.shape[:-1], -1)
+    return reference.add_terms(y, x, bias, ortho, alpha)
+
+
+def linear_int8_activations(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    ortho: Sequence[Tensor] = (),
+    alpha: Tensor | None = None,
+) -> Tensor:
+    """As `reference.linear_int8_activations`; no gradients flow.
+
+    Through INT8 tiles where there are any, else through oneDNN's INT8 product.
+    """
+    known = native.available() and x.dtype in _DTYPES and _stored_as_expected(qdata, scale, ortho)
+    if known and x.dtype == torch.bfloat16 and native.has_tiles():
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        return native.split_linear()(
+            x.contiguous(), qdata, scale, None, bias, ortho, alpha, native.INT8_TILES
+        )
+    codes, steps = reference.quantize_rows(x.reshape(-1, x.shape[-1]))
+    sums = torch._int_mm(codes, qdata.T)
+    y = (sums * steps * scale[:, 0]).to(x.dtype).reshape(*x.shape[:-1], -1)
+    if known and ortho:
+        native.add_ortho()(y, x.contiguous(), ortho, alpha)
+        ortho = ()
+    return reference.add_terms(y, x, bias, ortho, alpha)

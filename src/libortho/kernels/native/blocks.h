@@ -1,0 +1,211 @@
+// Many rows of x: sixteen rows are the lanes of a vector, so that the ortho stream, which touches
+// single columns, reads neighbours. Results are therefore transposed, (out, rows), until stored.
+#pragma once
+
+#include <algorithm>
+
+#include "operands.h"
+
+namespace libortho {
+
+// x packed as fp32: block b of sixteen rows is (in, 16).
+struct FloatBlocks {
+  const float* data;
+  int64_t in;
+
+  F column(int64_t block, int64_t k) const { return load<F>(data + (block * in + k) * kLanes); }
+};
+
+// x packed in the order that tile products read: block b of sixteen rows is (words, 16 rows), a word
+// being four neighbouring bytes of a row: two columns of bf16, or four of INT8. Zeros follow the
+// last column up to a multiple of 64 bytes.
+struct TileBlocks {
+  const uint8_t* data;
+  int64_t padded;  // bytes of a row
+
+  // Column k of bf16 rows.
+  F column(int64_t block, int64_t k) const {
+    const U pair = load<U>(data + (block * padded + (k & ~int64_t{1}) * 2) * kLanes);
+    const uint32_t shift = k & 1 ? 0 : 16;
+    return std::bit_cast<F>((pair << shift) & 0xffff0000u);
+  }
+};
+
+template <class X>
+void pack_floats(const X* x, int64_t rows, int64_t in, int64_t block, float* packed) {
+  float* to = packed + block * in * kLanes;
+  const int64_t count = std::min(kLanes, rows - block * kLanes);
+  const X* from = x + block * kLanes * in;
+  for (int64_t k = 0; k < in; ++k) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      to[k * kLanes + lane] = lane < count ? number(from[lane * in + k]) : 0.0f;
+    }
+  }
+}
+
+// `count` rows of `bytes` bytes each into one block, see TileBlocks.
+inline void pack_tiles(const void* x, int64_t count, int64_t bytes, uint8_t* to) {
+  const uint8_t* from = static_cast<const uint8_t*>(x);
+  int64_t at = 0;
+#ifdef __AVX512F__
+  const __m512i step = _mm512_mullo_epi32(
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+      _mm512_set1_epi32(static_cast<int>(bytes)));
+  const __mmask16 mask = (1u << count) - 1;
+  for (; at + 4 <= bytes; at += 4) {
+    const __m512i words =
+        _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, step, from + at, 1);
+    _mm512_storeu_si512(to + at * kLanes, words);
+  }
+#endif
+  for (; at < up(bytes, 64); at += 4) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      for (int64_t i = 0; i < 4; ++i) {
+        const bool inside = lane < count && at + i < bytes;
+        to[at * kLanes + 4 * lane + i] = inside ? from[lane * bytes + at + i] : 0;
+      }
+    }
+  }
+}
+
+// alpha of each lane of a block; 0 past the last row.
+inline F alpha_lanes(Alpha alpha, int64_t rows, int64_t block) {
+  F value = {};
+  for (int64_t lane = 0; lane < std::min(kLanes, rows - block * kLanes); ++lane) {
+    value[lane] = alpha.at(block * kLanes + lane);
+  }
+  return value;
+}
+
+constexpr int64_t kRanksAtOnce = 8;
+
+// alpha * right x^T of one block: (rank, 16). `right` is (rank, in).
+template <class X>
+void low_rank_block(const float* right, int64_t rank, const X& x, int64_t in, int64_t block,
+                    F alpha, float* inner) {
+  for (int64_t r = 0; r < rank; r += kRanksAtOnce) {
+    const int64_t count = std::min(kRanksAtOnce, rank - r);
+    F acc[kRanksAtOnce] = {};
+    const auto add = [&](int64_t some) {
+      for (int64_t k = 0; k < in; ++k) {
+        const F column = x.column(block, k);
+        for (int64_t i = 0; i < some; ++i) acc[i] += column * right[(r + i) * in + k];
+      }
+    };
+    switch (count) {  // a count known at compile time keeps the sums in registers
+      case 1: add(1); break;
+      case 2: add(2); break;
+      case 3: add(3); break;
+      case 4: add(4); break;
+      case 8: add(8); break;
+      default: add(count);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const F scaled = acc[i] * alpha;
+      std::memcpy(inner + (r + i) * kLanes, &scaled, sizeof scaled);
+    }
+  }
+}
+
+// Left times `inner` for output n and one block of rows.
+template <class V>
+inline F low_rank_lanes(const Ortho<V>& ortho, const float* inner, int64_t block, int64_t n) {
+  F result = {};
+  for (int64_t r = 0; r < ortho.rank; ++r) {
+    result += load<F>(inner + (block * ortho.rank + r) * kLanes) *
+              number(ortho.left[n * ortho.rank + r]);
+  }
+  return result;
+}
+
+// alpha * sparse(x) of output n for B neighbouring blocks of rows.
+template <int B, class X, class V>
+inline void sparse_lanes(const Ortho<V>& ortho, const X& x, const F* alpha, int64_t block,
+                         int64_t n, F* result) {
+  F acc[B] = {};
+  for (int32_t j = ortho.crow[n]; j < ortho.crow[n + 1]; ++j) {
+    const float value = number(ortho.values[j]);
+    for (int b = 0; b < B; ++b) acc[b] += x.column(block + b, ortho.col[j]) * value;
+  }
+  for (int b = 0; b < B; ++b) result[b] = acc[b] * alpha[block + b];
+}
+
+constexpr int64_t kBlocksAtOnce = 4;
+
+// alpha * ortho(x) of outputs [begin, end) for all blocks: (outputs, 16 * blocks). The outer loop
+// is over a few blocks, whose columns the cache then holds for all outputs.
+template <class X, class V>
+void ortho_rows(const Ortho<V>& ortho, const X& x, const float* inner, const F* alpha,
+                int64_t blocks, int64_t begin, int64_t end, float* to) {
+  for (int64_t block = 0; block < blocks; block += kBlocksAtOnce) {
+    const int64_t count = std::min(kBlocksAtOnce, blocks - block);
+    for (int64_t n = begin; n < end; ++n) {
+      F result[kBlocksAtOnce] = {};
+      if (ortho.kind == OrthoKind::kLowRank) {
+        for (int64_t b = 0; b < count; ++b) {
+          result[b] = low_rank_lanes(ortho, inner, block + b, n);
+        }
+      } else {
+        switch (count) {
+          case 1: sparse_lanes<1>(ortho, x, alpha, block, n, result); break;
+          case 2: sparse_lanes<2>(ortho, x, alpha, block, n, result); break;
+          case 3: sparse_lanes<3>(ortho, x, alpha, block, n, result); break;
+          default: sparse_lanes<4>(ortho, x, alpha, block, n, result);
+        }
+      }
+      float* row = to + ((n - begin) * blocks + block) * kLanes;
+      std::memcpy(row, result, count * sizeof(F));
+    }
+  }
+}
+
+// A (16 outputs, 16 rows) square of fp32, transposed into y or added to what stands there.
+template <bool kAdd, class Y>
+inline void store_square(const float* square, int64_t rows, int64_t outputs, int64_t stride,
+                         Y* y) {
+  for (int64_t row = 0; row < rows; ++row) {
+    Y* to = y + row * stride;
+#if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && \
+    defined(__AVX512VL__)
+    if constexpr (std::is_same_v<Y, BFloat16>) {
+      const __m512i step =
+          _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
+      const __mmask16 mask = outputs == kLanes ? 0xffff : (1u << outputs) - 1;
+      __m512 value = _mm512_i32gather_ps(step, square + row, 4);
+      if constexpr (kAdd) {
+        const __m256i before = _mm256_maskz_loadu_epi16(mask, to);
+        value = _mm512_add_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(
+                                         _mm512_cvtepu16_epi32(before), 16)));
+      }
+      _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
+      continue;
+    }
+#endif
+    for (int64_t n = 0; n < outputs; ++n) {
+      put(to + n, square[n * kLanes + row] + (kAdd ? number(to[n]) : 0.0f));
+    }
+  }
+}
+
+// y[:, begin .. end] += alpha * ortho(x).
+template <class X, class Y, class V>
+void add_ortho(const Ortho<V>& ortho, const X& x, const float* inner, const F* alpha, int64_t rows,
+               int64_t out, int64_t begin, int64_t end, Y* y) {
+  const int64_t blocks = up(rows, kLanes) / kLanes;
+  const Buffer<float> terms((end - begin) * blocks * kLanes);
+  ortho_rows(ortho, x, inner, alpha, blocks, begin, end, terms.get());
+  for (int64_t n = begin; n < end; n += kLanes) {
+    const int64_t outputs = std::min(kLanes, end - n);
+    for (int64_t block = 0; block < blocks; ++block) {
+      alignas(64) float square[kLanes * kLanes] = {};
+      for (int64_t i = 0; i < outputs; ++i) {
+        std::memcpy(square + i * kLanes,
+                    terms.get() + ((n - begin + i) * blocks + block) * kLanes, sizeof(F));
+      }
+      const int64_t row = block * kLanes;
+      store_square<true>(square, std::min(kLanes, rows - row), outputs, out, y + row * out + n);
+    }
+  }
+}
+
+}  // namespace libortho

@@ -1,0 +1,252 @@
+// A few rows of x (decoding): one pass over the stored weight, which memory bandwidth bounds.
+#pragma once
+
+#include <algorithm>
+
+#include "operands.h"
+
+namespace libortho {
+
+constexpr int64_t kRowsAtOnce = 4;
+
+// x as the inner loops want it, in fp32.
+struct FewRows {
+  // For int4 the columns of each block of 32 are even ones first: a byte holds an even column and
+  // the odd one after it.
+  template <class X>
+  FewRows(const X* x, int64_t rows, const Weight& weight)
+      : rows(rows), in(weight.in), plain(rows * in),
+        split(weight.storage == Storage::kInt4 ? rows * in : 0),
+        sums(weight.storage == Storage::kInt4 ? rows * weight.groups : 0) {
+    for (int64_t i = 0; i < rows * in; ++i) plain[i] = number(x[i]);
+    if (weight.storage != Storage::kInt4) return;
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* from = plain.get() + row * in;
+      float* to = split.get() + row * in;
+      for (int64_t block = 0; block < in; block += 2 * kLanes) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          to[block + lane] = from[block + 2 * lane];
+          to[block + kLanes + lane] = from[block + 2 * lane + 1];
+        }
+      }
+      const int64_t group = weight.group();
+      for (int64_t g = 0; g < weight.groups; ++g) {
+        float total = 0;
+#pragma omp simd reduction(+ : total)
+        for (int64_t k = 0; k < group; ++k) total += from[g * group + k];
+        sums[row * weight.groups + g] = total / 16;
+      }
+    }
+  }
+
+  int64_t rows, in;
+  Buffer<float> plain, split;
+  Buffer<float> sums;  // int4: of each group, over 16, for the zero points
+};
+
+// Bytes that a row's reader asks memory for ahead: hardware stops at each page's end.
+constexpr int64_t kAhead = 2048;
+
+inline void ask_for(const void* at) {
+  __builtin_prefetch(static_cast<const char*>(at) + kAhead);
+}
+
+// acc[m] += w . x[m] over `count` columns in whole vectors; what is left goes into rest[m].
+template <int M, class Q>
+inline void dot(const Q* w, const float* x, int64_t stride, int64_t count, F* acc, float* rest) {
+  constexpr int kChains = M == 1 ? 4 : 2;
+  F part[kChains][M] = {};
+  int64_t k = 0;
+  for (; k + kChains * kLanes <= count; k += kChains * kLanes) {
+    ask_for(w + k);
+    for (int chain = 0; chain < kChains; ++chain) {
+      const F weight = widen(w + k + chain * kLanes);
+      for (int m = 0; m < M; ++m) {
+        part[chain][m] += weight * load<F>(x + m * stride + k + chain * kLanes);
+      }
+    }
+  }
+  for (; k + kLanes <= count; k += kLanes) {
+    const F weight = widen(w + k);
+    for (int m = 0; m < M; ++m) part[0][m] += weight * load<F>(x + m * stride + k);
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int chain = 0; chain < kChains; ++chain) acc[m] += part[chain][m];
+  }
+  for (; k < count; ++k) {
+    for (int m = 0; m < M; ++m) rest[m] += number(w[k]) * x[m * stride + k];
+  }
+}
+
+// acc[m] += scale * (codes . x[m]) over one group of packed codes 0..15; `count` columns, a
+// multiple of 32, and x split into even and odd.
+template <int M>
+inline void dot4(const uint8_t* w, const float* x, int64_t stride, int64_t count, float scale,
+                 F* acc) {
+  const F table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  F even[M] = {}, odd[M] = {};
+  for (int64_t k = 0; k < count; k += 2 * kLanes) {
+    const U codes = integers(w + k / 2);
+    const F low = choose(table, codes), high = choose(table, codes >> 4);
+    for (int m = 0; m < M; ++m) {
+      even[m] += low * load<F>(x + m * stride + k);
+      odd[m] += high * load<F>(x + m * stride + k + kLanes);
+    }
+  }
+  for (int m = 0; m < M; ++m) acc[m] += (even[m] + odd[m]) * scale;
+}
+
+// What the zero points of one output take away: sum over groups of scale * zero * sums.
+inline float zero_part(const BFloat16* scale, const uint8_t* zero, const float* sums,
+                       int64_t groups) {
+  F acc = {};
+  float rest = 0;
+  int64_t g = 0;
+  for (; g + kLanes <= groups; g += kLanes) {
+    acc += __builtin_convertvector(std::bit_cast<I>(integers(zero + g)), F) * widen(scale + g) *
+           load<F>(sums + g);
+  }
+  for (; g < groups; ++g) rest += number(scale[g]) * zero[g] * sums[g];
+  return sum(acc) + rest;
+}
+
+// One row of a CSR matrix times one row of x.
+template <class V>
+inline F sparse_dot(const int32_t* col, const V* values, int64_t count, const float* x) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  __m512 acc = _mm512_setzero_ps();
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const int64_t left = count - j;
+    const __mmask16 mask = left >= kLanes ? 0xffff : (1u << left) - 1;
+    const __m512i at = _mm512_maskz_loadu_epi32(mask, col + j);
+    __m512 value;
+    if constexpr (sizeof(V) == 4) {
+      value = _mm512_maskz_loadu_ps(mask, values + j);
+    } else {
+      const __m256i bits = _mm256_maskz_loadu_epi16(mask, values + j);
+      if constexpr (std::is_same_v<V, Half>) {
+        value = _mm512_cvtph_ps(bits);
+      } else {
+        value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+      }
+    }
+    const __m512 taken = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, at, x, 4);
+    acc = _mm512_fmadd_ps(value, taken, acc);
+  }
+  return std::bit_cast<F>(acc);
+#else
+  F acc = {};
+  for (int64_t j = 0; j < count; ++j) acc[j % kLanes] += number(values[j]) * x[col[j]];
+  return acc;
+#endif
+}
+
+// int4: groups of `count` columns, which is Group unless that is 0.
+template <int M, int Group>
+inline void groups4(const Weight& w, const float* x, int64_t n, int64_t count, F* total) {
+  constexpr int64_t kSome = 64;
+  const int64_t size = Group == 0 ? count : Group;
+  const uint8_t* from = static_cast<const uint8_t*>(w.qdata) + n * w.in / 2;
+  for (int64_t first = 0; first < w.groups; first += kSome) {
+    const int64_t some = std::min(kSome, w.groups - first);
+    alignas(64) float scales[kSome];  // widened together: one by one costs as much as a group
+    for (int64_t g = 0; g < some; ++g) scales[g] = number(w.scale4[n * w.groups + first + g]);
+    for (int64_t g = 0; g < some; ++g) {
+      const int64_t at = (first + g) * size;
+      ask_for(from + at / 2);
+      dot4<M>(from + at / 2, x + at, w.in, size, scales[g], total);
+    }
+  }
+}
+
+// base(x) of output n for M rows: the sum of `total`'s lanes, and `rest`.
+template <int M>
+inline void base_dots(const Weight& w, const FewRows& x, int64_t row, int64_t n, F* total,
+                      float* rest) {
+  const int64_t group = w.group();
+  const float* from = x.plain.get() + row * x.in;
+  if (w.storage == Storage::kFp16) {
+    dot<M>(static_cast<const Half*>(w.qdata) + n * w.in, from, x.in, w.in, total, rest);
+  } else if (w.storage == Storage::kInt8) {
+    const int8_t* codes = static_cast<const int8_t*>(w.qdata) + n * w.in;
+    for (int64_t g = 0; g < w.groups; ++g) {
+      F acc[M] = {};
+      float left[M] = {};
+      dot<M>(codes + g * group, from + g * group, x.in, group, acc, left);
+      const float scale = w.scale8[n * w.groups + g];
+      for (int m = 0; m < M; ++m) {
+        total[m] += acc[m] * scale;
+        rest[m] += left[m] * scale;
+      }
+    }
+  } else {
+    from = x.split.get() + row * x.in;
+    switch (group) {
+      case 64: groups4<M, 64>(w, from, n, group, total); break;
+      case 128: groups4<M, 128>(w, from, n, group, total); break;
+      default: groups4<M, 0>(w, from, n, group, total);
+    }
+    const int64_t at = n * w.groups;
+    for (int m = 0; m < M; ++m) {
+      rest[m] -= zero_part(w.scale4 + at, w.zero + at, x.sums.get() + (row + m) * w.groups,
+                           w.groups);
+    }
+  }
+}
+
+// y[row .. row + M][n] = base + alpha * ortho, in fp32.
+template <int M, class V>
+inline void output(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const float* inner,
+                   Alpha alpha, int64_t row, int64_t n, float* y) {
+  F total[M] = {};
+  float rest[M] = {};
+  base_dots<M>(w, x, row, n, total, rest);
+  for (int m = 0; m < M; ++m) {
+    if (ortho.kind == OrthoKind::kSparse) {
+      const int64_t start = ortho.crow[n];
+      const float* from = x.plain.get() + (row + m) * x.in;
+      total[m] += alpha.at(row + m) * sparse_dot(ortho.col + start, ortho.values + start,
+                                                 ortho.crow[n + 1] - start, from);
+    } else if (ortho.kind == OrthoKind::kLowRank) {
+      for (int64_t r = 0; r < ortho.rank; ++r) {
+        rest[m] += inner[(row + m) * ortho.rank + r] * number(ortho.left[n * ortho.rank + r]);
+      }
+    }
+    y[(row + m) * w.out + n] = sum(total[m]) + rest[m];
+  }
+}
+
+// alpha * x right^T, (rows, rank): so little that a second thread would cost more than it brings.
+template <class V>
+Buffer<float> low_rank_inner(const Ortho<V>& ortho, const FewRows& x, Alpha alpha) {
+  const bool needed = ortho.kind == OrthoKind::kLowRank;
+  Buffer<float> inner(needed ? x.rows * ortho.rank : 0);
+  if (!needed) return inner;
+  for (int64_t row = 0; row < x.rows; ++row) {
+    for (int64_t r = 0; r < ortho.rank; ++r) {
+      F acc = {};
+      float rest = 0;
+      dot<1>(ortho.right + r * x.in, x.plain.get() + row * x.in, x.in, x.in, &acc, &rest);
+      inner[row * ortho.rank + r] = alpha.at(row) * (sum(acc) + rest);
+    }
+  }
+  return inner;
+}
+
+// Outputs [begin, end) of every row.
+template <class V>
+void few_rows(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const float* inner,
+              Alpha alpha, int64_t begin, int64_t end, float* y) {
+  for (int64_t n = begin; n < end; ++n) {
+    for (int64_t row = 0; row < x.rows; row += kRowsAtOnce) {
+      switch (std::min(kRowsAtOnce, x.rows - row)) {
+        case 1: output<1>(w, ortho, x, inner, alpha, row, n, y); break;
+        case 2: output<2>(w, ortho, x, inner, alpha, row, n, y); break;
+        case 3: output<3>(w, ortho, x, inner, alpha, row, n, y); break;
+        default: output<4>(w, ortho, x, inner, alpha, row, n, y);
+      }
+    }
+  }
+}
+
+}  // namespace libortho

@@ -1,0 +1,262 @@
+"""All attacks on all models: the bars, going on after a kill, the files, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from libortho.attacks import Score
+from libortho.attacks.registry import ATTACKS, attack_configs
+from libortho.attacks.relearning import STEPS
+from libortho.attacks.show import draw_attacks, print_attacks
+from libortho.attacks.suite import Source, attack_bars, run_attacks
+from libortho.cli import app
+
+LAYERS = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
+CHEAP = ["membership", "difference"]
+
+
+@pytest.fixture
+def sources(world) -> dict[str, Source]:
+    return {
+        "alpha 0": Source(str(world.split)),
+        "reference": Source(str(world.reference)),
+        "alpha 1": Source(str(world.split), alpha=1.0),
+    }
+
+
+def scores(**values: dict[str, Score]) -> dict[str, Any]:
+    return {"scores": {who: [s.to_dict() for s in made] for who, made in values.items()}}
+
+
+def test_bars_are_about_the_worst_beside_the_reference() -> None:
+    def rated(*values: float) -> list[Score]:
+        return [Score(f"way {i}", "recall", value) for i, value in enumerate(values)]
+
+    def after(shift: float, name: str) -> Score:
+        return Score(name, "answer probability", 0.2, details={"shift": shift})
+
+    def steps(value: float, other: float) -> list[Score]:
+        details = {"reached": True}
+        return [
+            Score("a", STEPS, value, None, (), details),
+            Score("b", STEPS, other, None, (), details),
+        ]
+
+    results = {
+        "extraction": scores(
+            **{"alpha 0": [*rated(0.50, 0.30), Score("only here", "recall", 1.0)]},
+            reference=rated(0.48, 0.24),
+            **{"alpha 1": rated(0.9, 0.9)},
+        ),
+        "membership": scores(**{"alpha 0": rated(0.0)}, reference=rated(0.3)),
+        "perturbation": scores(
+            **{"alpha 0": [after(0.01, "INT4, x"), after(-0.03, "INT4, y"), after(0.5, "noise")]},
+            reference=[after(0.0, "INT4, x")],
+        ),
+        "relearning": scores(**{"alpha 0": steps(30.0, 20.0)}, reference=steps(60.0, 20.0)),
+    }
+    bars = {bar.bar: bar for bar in attack_bars(results)}
+    told = [(b.bar.split(" (worst: ")[1], b.value, b.required, b.holds) for b in bars.values()]
+    assert told == [
+        ("way 1)", pytest.approx(0.06), "<= 0.05", False),
+        ("way 0)", pytest.approx(-0.3), "<= 0.02", True),
+        ("INT4, y)", pytest.approx(0.03), "<= 0.02", False),
+        ("INT4, x)", pytest.approx(0.0), "<= 0.05", True),
+        ("a)", pytest.approx(0.5), ">= 0.7", False),
+    ]
+    del results["membership"]["scores"]["reference"]
+    assert attack_bars(results) == []
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "value", "holds"),
+    [
+        ((0, True), (0, True), 1.0, True),
+        ((0, True), (5, True), 0.0, False),
+        ((5, True), (0, True), math.inf, True),
+        ((5, True), (10, True), 0.5, False),
+        ((60, False), (40, True), 1.5, True),
+        ((60, False), (60, False), 1.0, True),
+        ((55, True), (60, False), 55 / 60, False),  # the reference may need any number
+    ],
+)
+def test_steps_beside_the_reference(ours, theirs, value: float, holds: bool) -> None:
+    def made(steps: float, reached: bool) -> list[Score]:
+        return [Score("a", STEPS, steps, details={"reached": reached})]
+
+    results = {"relearning": scores(**{"alpha 0": made(*ours)}, reference=made(*theirs))}
+    (bar,) = attack_bars(results)
+    assert bar.value == pytest.approx(value)
+    assert bar.holds is holds
+    assert ("never recalls" in bar.bar) == (ours[1] and not theirs[1])
+
+
+def test_a_killed_run_goes_on(sources, data, tmp_path: Path, quiet, monkeypatch) -> None:
+    configs = attack_configs(CHEAP, "small")
+    whole = run_attacks(sources, LAYERS, data, configs, tmp_path / "a", quiet, {"seed": 0})
+
+    def killed(stage: str, done: int, total: int) -> None:
+        if stage.startswith("reference: difference"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_attacks(sources, LAYERS, data, configs, tmp_path / "b", killed, {"seed": 0})
+    stages: list[str] = []
+    resumed = run_attacks(
+        sources, LAYERS, data, configs, tmp_path / "b", lambda s, *_: stages.append(s), {"seed": 0}
+    )
+    assert not any(stage.startswith("alpha 0") for stage in stages)
+    assert not any("membership" in s for s in stages if s.startswith("reference"))
+    for name in CHEAP:
+        for part in ("scores", "missing", "config"):
+            assert resumed["attacks"][name][part] == whole["attacks"][name][part]
+    assert resumed["bars"] == whole["bars"]
+    assert json.loads((tmp_path / "b" / "attacks.json").read_text())["bars"] == whole["bars"]
+    assert set(whole["versions"]) >= {"libortho", "torch", "transformers"}
+    other = attack_configs(CHEAP[:1], "small")
+    with pytest.raises(FileExistsError, match="another job"):
+        run_attacks(sources, LAYERS, data, other, tmp_path / "a", quiet, {"seed": 0})
+
+
+def test_every_attack_is_a_line_in_the_registry() -> None:
+    assert set(ATTACKS) == {
+        "extraction", "membership", "perturbation", "relearning", "probes", "difference"
+    }  # fmt: skip
+    for size in ("small", "full"):
+        configs = attack_configs(list(ATTACKS), size, seed=7)
+        assert all(getattr(config, "seed", 7) == 7 for config in configs.values())
+    with pytest.raises(ValueError, match="size 'huge': expected small or full"):
+        attack_configs(["probes"], "huge")
+    with pytest.raises(ValueError, match="attack 'magic': expected one of extraction"):
+        attack_configs(["magic"], "small")
+
+
+def test_tables_and_picture(tmp_path: Path) -> None:
+    curve = [[0, 0.1], [5, 0.4]]
+    results = {
+        "extraction": scores(
+            **{"alpha 0": [Score("question", "recall", 0.5, 0.25, (0.4, 0.6))]},
+            mine=[Score("question", "recall", 0.75), Score("cloze", "recall", 0.1)],
+        )
+        | {"missing": {"alpha 0": {"cloze": "none [of] them"}, "mine": {}}},
+        "relearning": scores(
+            **{"alpha 0": [Score("lesson", STEPS, 4.0, details={"curve": curve, "reached": True})]},
+            mine=[Score("lesson", STEPS, 9.0, details={"curve": curve, "reached": False})],
+        )
+        | {"missing": {"alpha 0": {}, "mine": {}}},
+    }
+    summary = {
+        "models": {"alpha 0": {}, "mine": {}},
+        "attacks": results,
+        "bars": [{"bar": "b", "value": 0.1, "required": "<= 0.05", "holds": False}],
+    }
+    console = Console(width=120, record=True, quiet=False, file=(tmp_path / "x").open("w"))
+    print_attacks(summary, console)
+    shown = console.export_text()
+    assert "0.500 ± 0.100" in shown
+    assert "4.0" in shown
+    assert "> 9" in shown
+    assert "falls short" in shown
+    assert "extraction, cloze: none [of] them (alpha 0)" in shown
+    for suffix in ("png", "svg"):
+        draw_attacks(summary, tmp_path / f"p.{suffix}")
+        assert (tmp_path / f"p.{suffix}").stat().st_size > 3000
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, ["attack", *map(str, arguments)])
+
+
+@pytest.fixture
+def files(tmp_path: Path, data) -> dict[str, Path]:
+    made = {}
+    for name in ("forget", "retain", "holdout"):
+        examples = getattr(data, name)
+        made[name] = tmp_path / f"{name}.jsonl"
+        made[name].write_text(
+            "\n".join(
+                json.dumps(
+                    {"question": e.question, "answer": e.answer}
+                    | {"perturbed_answer": list(e.perturbed_answers)}
+                )
+                for e in examples
+            )
+        )
+    return made
+
+
+def test_the_command(world, files, tmp_path: Path, monkeypatch) -> None:
+    """Every attack, on every model; the costly ones in a size of their own."""
+    from libortho.attacks.extraction import ExtractionConfig
+    from libortho.attacks.relearning import RelearningConfig
+
+    monkeypatch.setattr(
+        ExtractionConfig, "small",
+        lambda seed: ExtractionConfig(max_new_tokens=4, samples=2, best_of=(2,), seed=seed),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        RelearningConfig, "small", lambda seed: RelearningConfig(steps=2, retain_questions=2)
+    )
+    made = run(
+        world.split, "--forget", files["forget"], "--retain", files["retain"],
+        "--holdout", files["holdout"], "--reference", world.reference,
+        "--pretrained", world.pretrained, "--beside", f"full={world.full}",
+        "--out", tmp_path / "run", "--json", tmp_path / "x.json",
+    )  # fmt: skip
+    assert made.exit_code in (0, 3), made.output
+    summary = json.loads((tmp_path / "x.json").read_text())
+    assert list(summary["models"]) == ["alpha 0", "reference", "alpha 1", "full"]
+    assert list(summary["attacks"]) == list(ATTACKS)
+    assert len(summary["bars"]) == 8
+    assert made.exit_code == (0 if all(bar["holds"] for bar in summary["bars"]) else 3)
+    for result in summary["attacks"].values():
+        assert set(result["scores"]) == set(summary["models"])
+        assert result["scores"]["full"]
+    assert (tmp_path / "run" / "attacks.png").is_file()
+    assert json.loads((tmp_path / "run" / "attacks.json").read_text()) == summary
+    known = {s["name"]: s for s in summary["attacks"]["extraction"]["scores"]["full"]}
+    assert known["multiple choice, by likelihood"]["value"] == 1.0
+
+
+def test_a_base_alone_without_a_reference(world, files, tmp_path: Path) -> None:
+    from libortho.checkpoint import strip
+
+    strip(world.split, tmp_path / "base")
+    made = run(
+        tmp_path / "base", "--forget", files["forget"], "--retain", files["retain"],
+        "--attacks", "membership", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    text = " ".join(made.output.split())
+    assert "alpha 1 is not attacked" in text
+    assert "no held-out questions were given" in text
+    assert "no bars" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--attacks", "magic"], "attack 'magic'"),
+        (["--size", "huge"], "size 'huge'"),
+        (["--beside", "nowhere"], "expected NAME=FOLDER"),
+        (["--beside", "alpha 0=x"], "there is a model 'alpha 0' already"),
+        (["--template", "latin"], "expected plain or chat"),
+        (["--holdout", "missing.jsonl"], "no such file"),
+    ],
+)
+def test_bad_arguments_are_one_line(world, files, tmp_path: Path, more, told: str) -> None:
+    made = run(
+        world.split, "--forget", files["forget"], "--retain", files["retain"],
+        "--out", tmp_path / "run", *more,
+    )  # fmt: skip
+    assert made.exit_code == 2, made.output
+    assert told in " ".join(made.output.split())
+    assert "Traceback" not in made.output
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,307 @@
+"""Every way to run a split layer against the reference in float64, and the choice between them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from libortho.base import HalfBase, Int8Base, set_int8_activations
+from libortho.kernels import cpu, dispatch, native, reference
+from libortho.layer import OrthoLinear
+from libortho.ortho import LowRankOrtho, SparseOrtho
+
+
+def _cases() -> ModuleType:
+    # importlib mode has no package to import a neighbour from.
+    spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("cases.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cases"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+cases = _cases()
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip("the C++ operators are not built: python -m libortho.kernels.native")
+    return request.param
+
+
+@pytest.mark.parametrize(("dtype", "atol", "rtol"), cases.TOLERANCES)
+@pytest.mark.parametrize(("rows", "in_features", "out_features"), cases.SHAPES)
+def test_cpu_matches_the_reference(
+    backend: str, rows: int, in_features: int, out_features: int, dtype, atol: float, rtol: float
+) -> None:
+    x = torch.randn(rows, in_features).to(dtype)
+    seen = 0
+    for number, (base, ortho, alpha) in enumerate(cases.all_cases()):
+        if not cases.fits(base, in_features):
+            continue
+        operands = cases.make(
+            base, ortho, alpha, rows, in_features, out_features, bias=number % 2 == 0
+        )
+        y = operands(cpu.linear, x)
+        assert y.dtype == dtype
+        torch.testing.assert_close(
+            y.double(),
+            cases.exact(operands, x),
+            atol=atol,
+            rtol=rtol,
+            msg=lambda text, at=(base, ortho, alpha): f"{at}: {text}",
+        )
+        seen += 1
+    assert seen >= 10
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 15, 16, 31, 33, 257])
+def test_both_native_paths_at_any_number_of_rows(rows: int, tiles: bool) -> None:
+    if not native.available():
+        pytest.skip("the C++ operators are not built: python -m libortho.kernels.native")
+    if tiles and not native.has_tiles():
+        pytest.skip("this processor has no matrix tiles")
+    x = torch.randn(rows, 192).bfloat16()
+    for base in ("int8", "int8 groups", "int4", "fp16"):
+        for ortho in ("none", "low_rank", "sparse"):
+            operands = cases.make(base, ortho, "rows", rows, 192, 37, bias=False)
+            y = native.split_linear()(
+                x, operands.qdata, operands.scale, operands.zero, None, operands.ortho,
+                operands.alpha, tiles,
+            )  # fmt: skip
+            torch.testing.assert_close(y.double(), cases.exact(operands, x), atol=3e-2, rtol=1e-2)
+
+
+def test_leading_dimensions_and_strides(backend: str) -> None:
+    operands = cases.make("int8", "sparse", "0.3", 6, 64, 41, bias=True)
+    x = torch.randn(3, 64, 2).transpose(1, 2)
+    y = operands(cpu.linear, x)
+    assert y.shape == (3, 2, 41)
+    torch.testing.assert_close(y.double(), cases.exact(operands, x), atol=2e-5, rtol=2e-5)
+    single = operands(cpu.linear, x[0, 0])
+    torch.testing.assert_close(single, y[0, 0], atol=2e-5, rtol=2e-5)
+    assert operands(cpu.linear, x[:0]).shape == (0, 2, 41)
+
+
+def test_alpha_of_a_batch_is_shared_by_its_positions(backend: str) -> None:
+    # Two requests of five positions each: flat rows 0 to 4 and 5 to 9.
+    operands = cases.make("int8", "low_rank", "1", 10, 64, 41, bias=False)
+    x = torch.randn(2, 5, 64)
+    at = {a: cases.Operands(*[*_fields(operands)[:-1], torch.tensor(a)]) for a in _ALPHAS}
+    both = at[(0.0, 1.0)](cpu.linear, x)
+    torch.testing.assert_close(both[0], at[(0.0,)](cpu.linear, x)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(both[1], at[(1.0,)](cpu.linear, x)[1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(both[0], at[(1.0,)](cpu.linear, x)[0], atol=1e-2)
+
+
+_ALPHAS = [(0.0,), (1.0,), (0.0, 1.0)]
+
+
+def _fields(operands) -> list:
+    return [getattr(operands, name) for name in operands.__dataclass_fields__]
+
+
+def test_not_a_number_and_infinity_pass_through(backend: str) -> None:
+    operands = cases.make("int8", "none", "0", 1, 64, 8, bias=False)
+    for rows in (1, 20):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(rows, 64).to(dtype)
+            x[0, 3] = float("nan")
+            y = operands(cpu.linear, x)
+            assert y[0].isnan().all()
+            assert y[1:].isfinite().all()
+
+
+def test_native_refuses_what_would_read_past_an_end() -> None:
+    if not native.available():
+        pytest.skip("the C++ operators are not built: python -m libortho.kernels.native")
+    run = native.split_linear()
+    q, s, x = torch.ones(4, 64, dtype=torch.int8), torch.ones(4, 1), torch.randn(2, 64)
+    assert run(x, q, s, None, None, [], None, native.ROWS).shape == (2, 4)
+    crow, col, values = torch.tensor([0, 1, 1, 1, 1]).int(), torch.zeros(1).int(), torch.ones(1)
+    one = torch.ones(1)
+    for arguments in (
+        (x[:, :60].contiguous(), q, s, None, None, [], None, native.ROWS),
+        (x, q[:, ::2], s, None, None, [], None, native.ROWS),
+        (x, q, s[:3], None, None, [], None, native.ROWS),
+        (x, q, torch.ones(4, 3), None, None, [], None, native.ROWS),
+        (x, q.half(), s, None, None, [], None, native.ROWS),
+        (x, q, s, None, torch.ones(3), [], None, native.ROWS),
+        (x, q, s, None, None, [torch.ones(4, 2), torch.ones(3, 64)], one, native.ROWS),
+        (x, q, s, None, None, [crow[:4], col, values], one, native.ROWS),
+        (x, q, s, None, None, [crow.long(), col, values], one, native.ROWS),
+        (x, q, s, None, None, [crow, col, values], None, native.ROWS),
+        (x, q, s, None, None, [crow, col, values], torch.ones(3), native.ROWS),
+        (x.double(), q, s, None, None, [], None, native.ROWS),
+        (x, q, s, None, None, [], None, native.TILES),
+        (x, q, s, None, None, [], None, native.INT8_TILES),
+        (x, q, s, None, None, [], None, 3),
+    ):
+        with pytest.raises(RuntimeError):
+            run(*arguments)
+
+
+# -- the choice ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ortho", ["none", "low_rank", "sparse"])
+def test_gradients_flow_to_x(ortho: str) -> None:
+    operands = cases.make("int8", ortho, "0.3", 3, 64, 41, bias=True)
+    x = torch.randn(3, 64, requires_grad=True)
+    (grad,) = torch.autograd.grad(operands(dispatch.linear, x).sum(), x)
+    weight = cases.exact(operands, torch.eye(64)) - operands.bias.double()
+    torch.testing.assert_close(grad.double(), weight.sum(1).expand(3, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_inference_takes_the_fast_path_and_training_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(cpu, "linear", lambda x, *rest: taken.append("cpu") or x)
+    monkeypatch.setattr(reference, "linear", lambda x, *rest: taken.append("reference") or x)
+    operands = cases.make("int8", "none", "0", 3, 64, 41, bias=False)
+    x = torch.randn(3, 64, requires_grad=True)
+    operands(dispatch.linear, x)
+    operands(dispatch.linear, x.detach())
+    with torch.no_grad():
+        operands(dispatch.linear, x)
+    with torch.inference_mode():
+        operands(dispatch.linear, x)
+    assert taken == ["reference", "cpu", "cpu", "cpu"]
+    operands.to("meta")(dispatch.linear, x.detach().to("meta"))
+    assert taken[-1] == "reference"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 0.3, (0.0, 1.0, 0.5)])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_layer_is_its_dense_matrix(alpha, sparse: bool) -> None:
+    from libortho import alpha_scope
+
+    operands = cases.make("int8", "sparse" if sparse else "low_rank", "1", 3, 64, 41, bias=True)
+    base = Int8Base(operands.qdata, operands.scale)
+    ortho = SparseOrtho(*operands.ortho, base.shape) if sparse else LowRankOrtho(*operands.ortho)
+    layer = OrthoLinear.from_streams(base, ortho, operands.bias)
+    x = torch.randn(3, 5, 64)
+    with alpha_scope(layer, alpha), torch.no_grad():
+        y = layer(x)
+    values = alpha if isinstance(alpha, tuple) else (alpha,) * 3
+    for row, value in enumerate(values):
+        weight = layer.effective_weight(value, torch.float64)
+        want = x[row].double() @ weight.T + operands.bias.double()
+        torch.testing.assert_close(y[row].double(), want, atol=2e-5, rtol=2e-5)
+
+
+def test_an_alpha_used_in_inference_serves_training_later() -> None:
+    from libortho import set_alpha
+
+    operands = cases.make("int8", "low_rank", "1", 3, 64, 41, bias=False)
+    layer = OrthoLinear.from_streams(
+        Int8Base(operands.qdata, operands.scale), LowRankOrtho(*operands.ortho)
+    )
+    set_alpha(layer, 0.625)
+    with torch.inference_mode():
+        layer(torch.randn(2, 64))
+    x = torch.randn(2, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_compiled_without_a_break_at_any_number_of_rows() -> None:
+    operands = cases.make("int8", "low_rank", "0.3", 4, 64, 41, bias=True)
+
+    def run(x: Tensor) -> Tensor:
+        return operands(dispatch.linear, x * 2)
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, example):  # type: ignore[no-untyped-def]
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(run, backend=keep, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (2, 5, 40):
+            x = torch.randn(rows, 64)
+            torch.testing.assert_close(compiled(x), run(x))
+    assert len(graphs) == 1
+
+
+# -- INT8 activations ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features"),
+    [(1, 64, 32), (9, 7, 41), (40, 192, 33), (300, 1100, 50)],
+)
+def test_int8_activations_match_their_definition(
+    backend: str, rows: int, in_features: int, out_features: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(rows, in_features).to(dtype)
+    for ortho in ("none", "low_rank", "sparse"):
+        operands = cases.make("int8", ortho, "rows", rows, in_features, out_features, bias=True)
+        arguments = (x, operands.qdata, operands.scale, operands.bias, operands.ortho)
+        want = reference.linear_int8_activations(*arguments, operands.alpha)
+        got = cpu.linear_int8_activations(*arguments, operands.alpha)
+        # The reference rounds the base, the term and their sum to bf16, tiles only the sum.
+        tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+        # Its error is that of eight bits on x: small, and not nothing.
+        error = (want.double() - cases.exact(operands, x)).norm() / want.double().norm()
+        assert 1e-4 < error < 2e-2
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_int8_activations_keep_not_a_number(backend: str, rows: int) -> None:
+    operands = cases.make("int8", "none", "0", 1, 64, 8, bias=False)
+    x = torch.randn(rows, 64).bfloat16()
+    for bad in (float("nan"), float("inf")):
+        x[0, 3] = bad
+        y = cpu.linear_int8_activations(x, operands.qdata, operands.scale)
+        assert not y[0].isfinite().any()
+        assert y[1:].isfinite().all()
+
+
+def test_rows_of_zeros_quantise_to_zeros() -> None:
+    codes, steps = reference.quantize_rows(torch.zeros(2, 5))
+    assert not codes.any()
+    assert steps.isfinite().all()
+
+
+def test_int8_activations_are_chosen_for_a_whole_model() -> None:
+    operands = cases.make("int8", "none", "0", 1, 64, 41, bias=False)
+    layer = OrthoLinear.from_streams(Int8Base(operands.qdata, operands.scale), None)
+    model = torch.nn.Sequential(layer)
+    x = torch.randn(3, 64)
+    plain = model(x)
+    set_int8_activations(model)
+    rounded = model(x)
+    want = reference.linear_int8_activations(x, operands.qdata, operands.scale)
+    torch.testing.assert_close(rounded, want, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(plain, rounded, atol=1e-6)
+    set_int8_activations(model, False)
+    torch.testing.assert_close(model(x), plain)
+
+
+def test_int8_activations_refuse_other_bases() -> None:
+    with pytest.raises(ValueError, match="no base stream"):
+        set_int8_activations(torch.nn.Linear(2, 2))
+    half = OrthoLinear.from_streams(HalfBase(torch.zeros(2, 2).half()), None)
+    grouped = OrthoLinear.from_streams(
+        Int8Base(torch.zeros(2, 4, dtype=torch.int8), torch.ones(2, 2)), None
+    )
+    for layer in (half, grouped):
+        with pytest.raises(ValueError, match="one scale a row"):
+            set_int8_activations(layer)

@@ -1,0 +1,198 @@
+"""separate_: what is refused, and that a failure changes nothing of the model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from torch import nn
+
+from libortho import (
+    BaseConfig,
+    GeometricConfig,
+    OrthoLinear,
+    SeparationConfig,
+    SpectralConfig,
+    separate_,
+    set_alpha,
+)
+from libortho.base import Int8Base
+
+TARGETS = ("up_proj", "down_proj")
+
+
+def test_a_failure_in_any_stage_changes_nothing(
+    memorised, snapshot, config, assert_unchanged
+) -> None:
+    m = memorised
+    calls: list[str] = []
+    separate_(
+        copy.deepcopy(m.model),
+        m.forget,
+        m.retain,
+        config(),
+        progress=lambda stage, done, total: calls.append(stage),
+    )
+    before = snapshot(m.model)
+    # The first and the last word of every stage: the last one comes after the layers' exchange.
+    moments = sorted({calls.index(s) for s in calls} | {len(calls) - 1})
+    moments = [moments[0], *moments[-4:]] if len(moments) > 8 else moments
+    for moment in moments:
+        for error in (RuntimeError, KeyboardInterrupt):
+            seen = 0
+
+            def interrupt(*_: object, moment=moment, error=error) -> None:
+                nonlocal seen
+                seen += 1
+                if seen > moment:
+                    raise error("stop")
+
+            with pytest.raises(error, match="stop"):
+                separate_(m.model, m.forget, m.retain, config(), progress=interrupt)
+            assert_unchanged(before, snapshot(m.model))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Int8Base, "__init__"), (OrthoLinear, "forward"), (OrthoLinear, "from_streams")],
+)
+@pytest.mark.parametrize(
+    "method",
+    [GeometricConfig(ortho_ratio=0.2, target_nll=3.0), SpectralConfig(use_low_rank=False)],
+)
+def test_a_failure_of_quantising_or_measuring_changes_nothing(
+    memorised, snapshot, monkeypatch, owner: type, name: str, method, assert_unchanged
+) -> None:
+    m = memorised
+    before = snapshot(m.model)
+    original, calls = getattr(owner, name), 0
+
+    def fail_the_second_time(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise RuntimeError("stop")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fail_the_second_time)
+    with pytest.raises(RuntimeError, match="stop"):
+        separate_(
+            m.model, m.forget, m.retain, SeparationConfig(method, TARGETS, general_text=False)
+        )
+    assert calls == 2
+    monkeypatch.undo()
+    assert_unchanged(before, snapshot(m.model))
+
+
+REFUSED = {
+    "empty forget": (ValueError, "forget set is empty", {"forget": []}),
+    "empty retain": (ValueError, "retain set is empty", {"retain": []}),
+    "empty unseen": (ValueError, "unseen set is empty", {"unseen": [], "target_nll": None}),
+    "forget beyond the vocabulary": (
+        ValueError,
+        r"forget\[1\]: token id 64 ",
+        {"forget": [[1, 2, 3], [1, 64, 3]]},
+    ),
+    "retain beyond the vocabulary": (
+        ValueError,
+        r"retain\[0\]: token id 900 ",
+        {"retain": [[1, 900, 3]]},
+    ),
+    "negative id": (ValueError, r"forget\[0\]: token id -5 ", {"forget": [[1, -5, 3]]}),
+    "one token": (ValueError, r"forget\[0\]: a sequence of 1 token", {"forget": [[1]]}),
+    "text without tokenizer": (TypeError, r"forget\[0\]: .*tokenizer", {"forget": ["text"]}),
+    "one string": (TypeError, "forget is one str", {"forget": "text"}),
+    "unknown item": (TypeError, r"retain\[0\]", {"retain": [object()]}),
+    "budget too small": (
+        ValueError,
+        r"ortho_ratio=0\.001 pays for 32 numbers.*192",
+        {"ortho_ratio": 0.001},
+    ),
+    "no such target": (
+        ValueError,
+        "'nothing' matches no module.*down_proj",
+        {"targets": "nothing"},
+    ),
+    "target that is not linear": (TypeError, "norm.*LlamaRMSNorm", {"targets": "norm"}),
+    "target without part in the decoder": (ValueError, "lm_head", {"targets": "lm_head"}),
+    "two aims": (ValueError, "target_nll and before/unseen", {"unseen": [[1, 2, 3]]}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(memorised, snapshot, case: str, config, assert_unchanged) -> None:
+    m = memorised
+    error, message, changes = REFUSED[case]
+    arguments = {"forget": m.forget, "retain": m.retain, "unseen": None, **changes}
+    sets = {name: arguments.pop(name) for name in ("forget", "retain", "unseen")}
+    before = snapshot(m.model)
+    with pytest.raises(error, match=message):
+        separate_(
+            m.model,
+            sets["forget"],
+            sets["retain"],
+            config(**arguments),
+            unseen=sets["unseen"],
+        )
+    assert_unchanged(before, snapshot(m.model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(memorised, value: float, config) -> None:
+    m = memorised
+    m.model.get_submodule("model.layers.1.mlp.down_proj").weight.data[0, 0] = value
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds 1 NaN"):
+        separate_(m.model, m.forget, m.retain, config())
+
+
+def test_activations_that_are_not_finite(memorised, config) -> None:
+    m = memorised
+    m.model.get_submodule("model.layers.1.mlp.gate_proj").weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or Inf|not finite"):
+        separate_(m.model, m.forget, m.retain, config())
+
+
+def test_split_twice(memorised, snapshot, config, assert_unchanged) -> None:
+    m = memorised
+    separate_(m.model, m.forget, m.retain, config())
+    before = snapshot(m.model)
+    with pytest.raises(ValueError, match=r"mlp\.up_proj is split already"):
+        separate_(m.model, m.forget, m.retain, config())
+    assert_unchanged(before, snapshot(m.model))
+    set_alpha(m.model, 1.0)
+
+
+@pytest.mark.parametrize("unknown", [object(), "geometric", BaseConfig(), {"edit": "descent"}])
+def test_unknown_config(memorised, unknown: object) -> None:
+    m = memorised
+    for given in (lambda: unknown, lambda: SeparationConfig(method=unknown)):
+        with pytest.raises(TypeError, match=rf"{type(unknown).__name__} configures no method"):
+            separate_(m.model, m.forget, m.retain, given())
+
+
+def test_a_model_in_training_mode(random_tokens, config) -> None:
+    """Dropout must not decide what is forgotten, and the mode is the caller's."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, resid_pdrop=0.5, bos_token_id=1, eos_token_id=2, **shape)
+    )
+    twin = copy.deepcopy(model).eval()
+    model.train()
+    forget, retain = random_tokens([9] * 3, seed=1), random_tokens([9] * 20, seed=2)
+    settings = config(targets="mlp.c_proj", target_nll=6.0)
+    training = separate_(model, forget, retain, settings)
+    evaluated = separate_(twin, forget, retain, settings)
+    assert training.forget_ppl == evaluated.forget_ppl
+    assert model.training
+    assert all(module.training for module in model.modules() if isinstance(module, nn.Dropout))
+
+
+def test_trainable_parameters_stay_trainable_and_clean(memorised, config) -> None:
+    m = memorised
+    m.model.requires_grad_(True)
+    separate_(m.model, m.forget, m.retain, config())
+    assert m.model.lm_head.weight.requires_grad
+    assert all(p.grad is None for p in m.model.parameters())
+    assert not any(mod._forward_hooks or mod._forward_pre_hooks for mod in m.model.modules())

@@ -1,0 +1,84 @@
+"""separate_: how far it forgets, and that it says where it could not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from libortho import OrthoLinear, SeparationConfig, separate_
+
+
+def test_target_of_unseen_text(memorised, config, known) -> None:
+    m = memorised
+    level = known(m.model, m.unseen)
+    report = separate_(m.model, m.forget, m.retain, config(target_nll=None), unseen=m.unseen)
+    assert report.target["probability"] == pytest.approx(level)
+    assert "unseen" in report.target["aimed_at"]
+
+
+@pytest.mark.parametrize("earlier", ["show", "trust"])
+def test_an_earlier_model_is_asked_as_the_config_says(
+    memorised, earlier: str, config, known
+) -> None:
+    m = memorised
+    state = copy.deepcopy(m.before.state_dict())
+    whole = dataclasses.replace(config(target_nll=None), earlier=earlier)
+    report = separate_(m.model, m.forget, m.retain, whole, before=m.before)
+    assert ("shown 5 retain examples" in report.target["aimed_at"]) == (earlier == "show")
+    assert report.settings["earlier"] == earlier
+    assert all(torch.equal(v, state[k]) for k, v in m.before.state_dict().items())
+    if earlier == "trust":
+        expected = known(m.before, m.forget)
+        assert report.target["probability"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_how_to_ask_an_earlier_model_is_checked() -> None:
+    with pytest.raises(ValueError, match="earlier='guess': expected one of 'rehearse'"):
+        SeparationConfig(earlier="guess")
+
+
+def test_target_of_the_model_before(memorised, config, known) -> None:
+    m = memorised
+    state = copy.deepcopy(m.before.state_dict())
+    report = separate_(m.model, m.forget, m.retain, config(target_nll=None), before=m.before)
+    assert report.reached
+    assert report.target["probability"] < 0.2
+    assert known(m.model, m.forget) < 0.2
+    assert "rehearsed on 29 retain sequences" in report.target["aimed_at"]
+    assert all(torch.equal(v, state[k]) for k, v in m.before.state_dict().items())
+
+
+def test_a_higher_target_forgets_less(memorised, config, known) -> None:
+    m = memorised
+    twin = copy.deepcopy(m.model)
+    separate_(m.model, m.forget, m.retain, config(target_nll=1.0))
+    separate_(twin, m.forget, m.retain, config(target_nll=4.0))
+    assert known(twin, m.forget) < known(m.model, m.forget) < 0.6
+
+
+def test_not_reached(memorised, config, known) -> None:
+    m = memorised
+    report = separate_(
+        m.model,
+        m.forget,
+        m.retain,
+        config("projection", targets="down_proj", ortho_ratio=0.016, target_nll=12.0),
+    )
+    assert not report.reached
+    assert any("NOT forgotten" in text for text in report.warnings)
+    assert "NOT REACHED" in str(report)
+    assert known(m.model, m.forget) > 0.3
+    # and the model is split all the same
+    assert isinstance(m.model.get_submodule("model.layers.0.mlp.down_proj"), OrthoLinear)
+
+
+def test_the_search_lands_on_its_level_instead_of_beyond(memorised, config, known) -> None:
+    aimed = math.exp(-3.0)
+    report = separate_(memorised.model, memorised.forget, memorised.retain, config(target_nll=3.0))
+    # The installed base is rounded to INT8 after the search, hence the width of the interval.
+    assert 0.5 * aimed < known(memorised.model, memorised.forget, 0.0) < 1.4 * aimed
+    assert report.reached

@@ -1,0 +1,129 @@
+"""separate_: what its report says, how the streams are stored, and that a seed decides."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from libortho import BaseConfig, alpha_scope, separate_, separation_report
+from libortho.alpha import ortho_layers
+from libortho.base import quantize
+from libortho.methods.geometric import Metric
+from libortho.scoring import perplexity, sequence_nll
+
+
+def test_report(memorised, config, split_names) -> None:
+    m = memorised
+    layers = split_names(m.model)
+    report = separate_(m.model, m.forget, m.retain, config())
+    assert [layer.name for layer in report.layers] == layers
+    text = str(report)
+    assert all(name in text for name in layers)
+    assert all(name in text for name in report.skipped)
+    assert {"lm_head", "model.layers.0.self_attn.q_proj"} <= set(report.skipped)
+    assert set(report.skipped).isdisjoint(layers)
+
+    plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [layer["name"] for layer in plain["layers"]] == layers
+    assert plain["settings"]["method"]["ortho_ratio"] == 0.2
+    assert plain["settings"]["method"]["kind"] == "GeometricConfig"
+    totals = plain["totals"]
+    assert totals["density"] == pytest.approx(report.density)
+    stored = sum(layer.nbytes for n in layers for layer in [m.model.get_submodule(n).ortho])
+    assert totals["ortho_bytes"] == stored
+
+    for alpha in (0.0, 1.0):
+        with alpha_scope(m.model, alpha):
+            for found, items in ((report.forget_ppl, m.forget), (report.retain_ppl, m.retain)):
+                expected = perplexity(sequence_nll(m.model, items))
+                assert found[str(alpha)] == pytest.approx(expected, rel=1e-5)
+    assert separation_report(m.model).layers == report.layers
+
+
+def test_errors_in_the_report_are_those_of_the_weights(memorised, config, split_names) -> None:
+    m = memorised
+    weights = {n: m.model.get_submodule(n).weight.double() for n in split_names(m.model)}
+    report = separate_(m.model, m.forget, m.retain, config())
+    for layer in report.layers:
+        weight, split = weights[layer.name], m.model.get_submodule(layer.name)
+        for alpha, error in ((0.0, layer.base_error), (1.0, layer.final_error)):
+            difference = split.effective_weight(alpha, torch.float64) - weight
+            assert error == pytest.approx(float(difference.norm() / weight.norm()), rel=1e-3)
+
+
+def test_progress_is_told(memorised, config) -> None:
+    m = memorised
+    calls: list[tuple[str, int, int]] = []
+    separate_(m.model, m.forget, m.retain, config(), progress=lambda *call: calls.append(call))
+    assert len(calls) > 5
+    assert all(isinstance(stage, str) and 0 <= done <= total for stage, done, total in calls)
+    assert calls[-1][1] == calls[-1][2]
+
+
+def test_same_seed_same_split(memorised, config) -> None:
+    m = memorised
+    twin = copy.deepcopy(m.model)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = separate_(m.model, m.forget, m.retain, config())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    second = separate_(twin, m.forget, m.retain, config())
+    assert first.forget_ppl == second.forget_ppl
+    other = twin.state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in m.model.state_dict().items())
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp16"])
+@pytest.mark.parametrize("ortho_dtype", ["float16", "float32"])
+def test_storage(memorised, storage: str, ortho_dtype: str, config, known) -> None:
+    m = memorised
+    separate_(
+        m.model,
+        m.forget,
+        m.retain,
+        config(base=BaseConfig(storage=storage), ortho_dtype=ortho_dtype),
+    )
+    layer = m.model.get_submodule("model.layers.0.mlp.down_proj")
+    assert layer.base.qdata.dtype == (torch.int8 if storage == "int8" else torch.float16)
+    assert {b.dtype for b in layer.ortho.buffers()} == {getattr(torch, ortho_dtype)}
+    assert known(m.model, m.forget) < 0.2
+    assert known(m.model, m.forget, 1.0) > 0.9
+
+
+def test_int4_is_rounded_against_the_retain_data(memorised, monkeypatch, config, known) -> None:
+    m = memorised
+    weights = {name: w.clone() for name, w in m.model.state_dict().items()}
+    moments: list[torch.Tensor] = []
+    original = Metric.moment
+
+    def recording(self: Metric) -> torch.Tensor:
+        moments.append(original(self))
+        return moments[-1]
+
+    monkeypatch.setattr(Metric, "moment", recording)
+    base = BaseConfig(storage="int4", group_size=32)
+    separate_(m.model, m.forget, m.retain, config(base=base))
+    layers = ortho_layers(m.model)
+    assert len(moments) == len(layers) == 4
+    for (name, layer), moment in zip(layers.items(), moments, strict=True):
+        # What the base holds is a function of W - ortho and the retain metric alone.
+        kept = weights[f"{name}.weight"] - layer.ortho.dense()
+        assert torch.equal(layer.base.qdata, quantize(kept, base, moment).qdata)
+        error = layer.base.dequantize() - kept
+        nearest = quantize(kept, dataclasses.replace(base, rounding="nearest"), moment)
+        worse = nearest.dequantize() - kept
+        assert ((error @ moment) * error).sum() < ((worse @ moment) * worse).sum()
+    assert known(m.model, m.forget) < 0.3
+    assert known(m.model, m.forget, 1.0) > 0.8
+    assert known(m.model, m.retain) > 0.8
+
+
+def test_int8_reads_no_moment(memorised, monkeypatch, config) -> None:
+    m = memorised
+    monkeypatch.setattr(Metric, "moment", lambda self: pytest.fail("a product for nothing"))
+    separate_(m.model, m.forget, m.retain, config())
