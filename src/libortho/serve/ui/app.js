@@ -42,7 +42,7 @@ async function answer(side, at, asked, signal) {
   try {
     const finish = await stream(asked.path, { ...asked.common, ...asked.given, alpha: at }, signal, (piece) => {
       text += piece;
-      place.textContent = text;
+      place.textContent = text.trimStart();
     });
     $(`note-${side}`).textContent = finish === "length" ? "cut at the token limit" : "";
   } finally {
@@ -57,7 +57,7 @@ async function colour(side, text, high, asked, signal) {
   const body = { model: state.model, ...asked.given, completion: text, alphas: [0, high] };
   const score = await post("/v1/score", body, signal);
   const [low, up] = score.data.map((row) => row.logprobs);
-  const tokens = score.tokens.map((token, i) => ({ text: token, low: low[i], high: up[i], alpha: high }));
+  const tokens = score.tokens.map((token, i) => ({ text: i ? token : token.trimStart(), low: low[i], high: up[i], alpha: high }));
   const tell = (token) => { $("reading").textContent = token ? sentence(token) : ""; };
   // A token that ends within a character has no text of its own.
   showTokens($(`answer-${side}`), tokens.filter((token) => token.text), tell);
@@ -147,7 +147,7 @@ function showReport() {
   const { report } = state;
   if (!report) {
     $("tiles").replaceChildren(element("p", { class: "soft" }, "This checkpoint has no report.json."));
-    $("layer-box").hidden = true;
+    $("layer-box").hidden = $("layers-title").hidden = true;
     return;
   }
   const pair = (values) => [brief(values?.["0.0"]), element("span", { class: "arrow" }, " → "), brief(values?.["1.0"])];

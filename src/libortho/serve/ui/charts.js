@@ -43,7 +43,8 @@ export function drawSweep(place, sweep, alpha) {
     const values = sweep[set];
     if (!values) continue;
     const points = sweep.alphas.map((a, i) => `${x(a)},${y(values[i])}`).join(" ");
-    svg.append(shape("polyline", { class: set, points }));
+    // Between two points nothing was measured: the line only says which belong together.
+    svg.append(shape("polyline", { class: sweep.alphas.length > 2 ? set : `${set} guess`, points }));
     sweep.alphas.forEach((a, i) => svg.append(shape("circle", { class: `dot-${set}`, cx: x(a), cy: y(values[i]), r: 4.5 })));
     ends.push({ set, y: y(values.at(-1)) });
   }
@@ -60,12 +61,11 @@ export function drawSweep(place, sweep, alpha) {
 
 // Bars of ||base - W|| / ||W|| by layer: where the memory was taken from.
 export function drawLayers(place, layers) {
-  const width = Math.max(300, Math.min(1000, place.clientWidth || 640)), height = 150;
-  const left = 36, top = 24, bottom = 24;
+  const width = Math.max(300, Math.min(1000, place.clientWidth || 640)), height = 130;
+  const left = 36, top = 4, bottom = 24;
   const most = Math.max(...layers.map((layer) => layer.base_error)) || 1;
   const step = (width - left) / layers.length;
   const svg = canvas(place, width, height, `Error of the base by layer, at most ${most.toFixed(3)}`);
-  svg.append(shape("text", { x: left, y: 12 }, "where the memory was: relative error of the base, layer by layer"));
   svg.append(shape("text", { x: left - 8, y: top + 8, "text-anchor": "end" }, most.toFixed(2).replace(/^0/, "")));
   svg.append(shape("text", { x: left - 8, y: height - bottom, "text-anchor": "end" }, "0"));
   layers.forEach((layer, i) => {

@@ -28,13 +28,16 @@ export function showTokens(place, tokens, tell) {
   const spans = tokens.map((token) => {
     const difference = token.high - token.low;
     const much = Math.min(1, Math.abs(difference) / FULL);
-    const span = element("span", { class: "token" }, token.text);
+    // The space before a word is no part of what is coloured: it would dangle where a line ends.
+    const word = token.text.trimStart();
+    const span = element("span", { class: "token" }, word || token.text);
     span.classList.add(difference < 0 ? "cool" : "warm");
     span.classList.toggle("strong", Math.abs(difference) >= STRONG);
     span.style.setProperty("--hue", difference < 0 ? "var(--cool)" : "var(--warm)");
     span.style.setProperty("--much", (0.62 * much).toFixed(3));
     span.title = sentence(token);
     span.addEventListener("pointerenter", () => tell(token));
+    if (word) place.append(token.text.slice(0, token.text.length - word.length));
     place.append(span);
     return span;
   });
