@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from libortho import separation_report
-from libortho.checkpoint import load_split, read_manifest
+from libortho.checkpoint import is_split, load_split, read_manifest
 from libortho.cli import app
 
 QUESTIONS = [
@@ -142,7 +142,7 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
     made = separate(folder, "--target-nll", 60, "--ortho-ratio", 0.05)
     assert made.exit_code == 3, made.output
     assert "NOT forgotten" in " ".join(made.output.split())
-    assert (folder / "split" / "libortho.json").is_file()
+    assert is_split(folder / "split")
 
 
 @pytest.mark.parametrize(
