@@ -115,9 +115,18 @@ def _in_blocks(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in TARGETS
 
 
-# Name -> (package or None, what is done with a bf16 copy of the model).
+def sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules around the same weights: seven copies of 1.1B would not fit."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+
+
+def in_fp32(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model).float()  # in place, so on weights of its own
+
+
+# Name -> (package or None, what is done with modules that share the bf16 model's weights).
 PEERS: dict[str, tuple[str | None, Callable[[PreTrainedModel], PreTrainedModel]]] = {
-    "transformers, fp32": (None, lambda model: model.float()),
+    "transformers, fp32": (None, in_fp32),
     "transformers, bf16": (None, lambda model: model),
     "PEFT LoRA, bf16": ("peft", with_lora),
     "torchao, INT8 weights": ("torchao", with_torchao),
@@ -155,7 +164,7 @@ def measure(name: str, tokens: int, rounds: int) -> tuple[dict[str, float], list
     """Tokens a second by peer, and the bars."""
     original = MODELS[name]().eval().requires_grad_(False)
     prompt = torch.randint(10, original.config.vocab_size, (1, PROMPT))
-    ours = split(copy.deepcopy(original))
+    ours = split(sharing(original))
     variants = {
         ZERO: split_at(ours, 0.0, prompt, tokens),
         ONE: split_at(ours, 1.0, prompt, tokens),
@@ -167,7 +176,7 @@ def measure(name: str, tokens: int, rounds: int) -> tuple[dict[str, float], list
             bars.append(Bar(f"{name}, alpha 1 over {peer} (not measured): at least", 0, 1, False))
             continue
         start = time.perf_counter()
-        model = change(copy.deepcopy(original)).eval()
+        model = change(sharing(original)).eval()
         variants[peer] = generator(model, prompt, tokens)
         print(f"{name}: made {peer} in {time.perf_counter() - start:.1f} s", flush=True)
     # One call is long enough for a round.

@@ -152,10 +152,7 @@ inline void sparse_lanes(const Ortho<V>& ortho, const X& x, const F* alpha, int6
   for (int b = 0; b < B; ++b) result[b] = acc[b] * alpha[block + b];
 }
 
-#ifndef KB
-#define KB 4
-#endif
-constexpr int64_t kBlocksAtOnce = KB;
+constexpr int64_t kBlocksAtOnce = 4;
 
 // alpha * ortho(x) of outputs [begin, end) for all blocks: (outputs, 16 * blocks). The outer loop
 // is over a few blocks, whose columns the cache then holds for all outputs.
