@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+NATIVE := $(VENV)/.built-native
 DEV    := $(VENV)/.installed-dev
+BENCH  := $(VENV)/.installed-bench
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 VLLM   ?= .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
@@ -16,7 +18,11 @@ VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-p
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## make .venv with the pinned requirements and this package
+install: $(NATIVE) ## make .venv with the pinned requirements and this package
+
+$(NATIVE): $(STAMP) $(wildcard src/libortho/kernels/native/*)
+	$(BIN)/python -m libortho.kernels.native
+	@touch $@
 
 $(STAMP): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,7 +34,7 @@ $(STAMP): requirements.txt pyproject.toml
 
 dev: $(DEV)      ## install, and what tests and benchmarks need
 
-$(DEV): $(STAMP) requirements-dev.txt
+$(DEV): $(NATIVE) requirements-dev.txt
 	$(PIP) --no-deps -r requirements-dev.txt
 	$(BIN)/python -m libortho.kernels.native
 	@touch $@
@@ -60,8 +66,6 @@ $(VLLM_STAMP): requirements-vllm.txt
 
 experiment: install ## the original experiment, one row per method
 	$(BIN)/python experiments/run_tofu_eval.py
-
-BENCH  := $(VENV)/.installed-bench
 
 $(BENCH): $(DEV) requirements-bench.txt
 	$(PIP) --no-deps -r requirements-bench.txt

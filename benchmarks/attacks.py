@@ -24,11 +24,12 @@ from libortho.attacks.show import draw_attacks, print_attacks
 from libortho.attacks.suite import BASE, ORIGINAL, REFERENCE, Source, run_attacks
 from libortho.checkpoint import read_manifest
 from libortho.cli.console import progress_bars, write_json
-from libortho.data.embedded import cache_dir, embedded_model_path
+from libortho.data.embedded import embedded_model_path
 from libortho.data.tasks import embedded_task, tofu_task
 from libortho.data.tokens import encode
 from libortho.evaluation.finetuned import fine_tuned, load_model
 from libortho.evaluation.tofu import TofuJob, run_tofu
+from libortho.files import cache_dir
 from libortho.training import Progress
 
 

@@ -10,6 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import platformdirs
+
+
+def cache_dir() -> Path:
+    """Where this package keeps what it can make again: $LIBORTHO_CACHE, or the user's cache."""
+    return Path(os.environ.get("LIBORTHO_CACHE") or platformdirs.user_cache_dir("libortho"))
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

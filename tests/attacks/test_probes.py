@@ -121,11 +121,18 @@ def test_what_is_lacking_is_said(subjects, data, quiet) -> None:
     found = probes(subjects["reference"], few, ProbesConfig(), quiet)
     assert "3 forget and 6 retain questions" in found.missing["linear probe"]
     assert [score.name for score in found.scores] == [LENS]
+    found = probes(subjects["reference"], data, ProbesConfig(retain_questions=4), quiet)
+    assert "5 forget and 4 retain questions" in found.missing["linear probe"]
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"depths": (1.5,)}, "depths=1.5"), ({"folds": 1}, "folds=1"), ({"ridge": 0.0}, "ridge=0.0")],
+    [
+        ({"depths": (1.5,)}, "depths=1.5"),
+        ({"folds": 1}, "folds=1"),
+        ({"retain_questions": 0}, "retain_questions=0"),
+        ({"ridge": 0.0}, "ridge=0.0"),
+    ],
 )
 def test_configs_that_cannot_be(change, told: str) -> None:
     with pytest.raises(ValueError, match=told):

@@ -199,7 +199,7 @@ def test_a_foreign_folder_is_not_overwritten(folder: Path) -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    for command in ("separate", "tofu", "eval", "chat", "inspect"):
+    for command in ("separate", "tofu", "attack", "eval", "chat", "inspect"):
         shown = run(command, "--help")
         assert shown.exit_code == 0
         assert "--json" in shown.output

@@ -13,7 +13,7 @@ from libortho.kernels.native import __main__ as command
 
 @pytest.fixture
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr(native, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(native, "cache_dir", lambda: tmp_path)
     return tmp_path
 
 

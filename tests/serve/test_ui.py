@@ -206,10 +206,10 @@ def test_the_whole_page_by_keyboard(shown, browser, known) -> None:
         ActionChains(browser).send_keys(Keys.TAB).perform()
         element = browser.switch_to.active_element
         seen.append(element.get_attribute("id") or element.get_attribute("class"))
+        if element.tag_name == "body":  # past the last element, the browser's own turn
+            continue
         outline = element.value_of_css_property("outline-style")
-        assert outline != "none", (
-            f"{element.get_attribute('outerHTML')[:80]} does not show that it has the focus"
-        )
+        assert outline != "none", f"{seen[-1]} does not show that it has the focus"
     order = [name for name in seen if name in ("prompt", "alpha", "form", "tokens", "go")]
     assert order == ["prompt", "alpha", "form", "tokens", "go"]
     assert "answer-0" in seen

@@ -197,13 +197,14 @@ def by_lens(
     """
     assert data.pretrained is not None
     weight = data.pretrained.get_output_embeddings().weight.float().cpu()
+    centre = weight.mean(dim=0)
     writing = [d for d in layers.values() if d.left.shape[0] == weight.shape[1]]
     if not writing:
         return None
     rated = []
     for text in texts:
         ids = data.tokenizer(f" {text}", add_special_tokens=False).input_ids
-        words = torch.nn.functional.normalize(weight[torch.tensor(ids)] - weight.mean(dim=0), dim=1)
+        words = torch.nn.functional.normalize(weight[torch.tensor(ids)] - centre, dim=1)
         energy = sum(
             float(((words @ d.left.cpu()) * d.sizes.cpu()).square().sum()) for d in writing
         )

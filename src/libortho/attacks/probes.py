@@ -27,7 +27,7 @@ from libortho.attacks.common import (
 )
 from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.examples import Example
-from libortho.data.tokens import Batch, Tokens, batches
+from libortho.data.tokens import Batch, Tokens, batches, evenly
 
 ACCURACY = "share of right answers told"
 RANK = "mean reciprocal rank"
@@ -40,11 +40,13 @@ class ProbesConfig:
 
     Attributes:
         depths: shares of the layers after which a linear probe looks.
+        retain_questions: at most so many train a probe, evenly spread.
         folds: of the cross-validation; no question is in two of them.
         ridge: strength of the penalty, over the mean energy of a feature.
     """
 
     depths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    retain_questions: int = 200
     folds: int = 5
     ridge: float = 1.0
 
@@ -52,12 +54,13 @@ class ProbesConfig:
         for depth in self.depths:
             check_fraction("depths", depth)
         check_count("folds", self.folds, 2)
+        check_count("retain_questions", self.retain_questions, 1)
         check_positive("ridge", self.ridge)
 
     @classmethod
     def small(cls, seed: int) -> ProbesConfig:
-        """The same: it is a few forward passes."""
-        return cls()
+        """Fewer questions to learn from; it is a few forward passes."""
+        return cls(retain_questions=80)
 
 
 def probes(
@@ -74,7 +77,8 @@ def probes(
     progress("probe", 0, 3)
     forget = _Choices.of(subject.model, data, data.forget, config.depths)
     progress("probe", 1, 3)
-    retain = _Choices.of(subject.model, data, data.retain, config.depths)
+    taught = evenly(data.retain, config.retain_questions)
+    retain = _Choices.of(subject.model, data, taught, config.depths)
     progress("probe", 2, 3)
     if len(forget.questions) < config.folds or len(retain.questions) < config.folds:
         missing["linear probe"] = (

@@ -11,7 +11,7 @@ import dataclasses
 import string
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from libortho.checkpoint.names import (
     CONFIG,
@@ -26,7 +26,7 @@ from libortho.config import Storage
 from libortho.errors import CheckpointError
 
 QUANT_METHOD: Literal["libortho"] = "libortho"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Literal[1] = 1
 SECTION = "quantization_config"
 
 OrthoKind = Literal["sparse", "low_rank"]

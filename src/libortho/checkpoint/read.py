@@ -39,8 +39,7 @@ def load_split(
         implementation is transformers' default.
 
     Raises:
-        CheckpointError: something is missing, damaged, or not of one piece; found before a weight
-            is loaded.
+        CheckpointError: something is missing, damaged, or not of one piece.
         OSError: a file cannot be read, for want of permission, for instance.
         TypeError: `dtype` is no floating dtype.
     """

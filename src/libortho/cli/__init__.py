@@ -1,4 +1,4 @@
-"""The command line: `libortho separate | tofu | eval | chat | inspect | export`."""
+"""The command line; `libortho --help` lists the commands."""
 
 from libortho.cli.app import app
 

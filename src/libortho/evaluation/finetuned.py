@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from libortho.data.embedded import cache_dir
 from libortho.data.tokens import Tokens
+from libortho.files import cache_dir
 from libortho.training import MemoriseConfig, Progress, memorise_
 
 CACHE_FORMAT = 1

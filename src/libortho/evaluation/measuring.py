@@ -14,7 +14,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import libortho
-from libortho.data.embedded import cache_dir
 from libortho.data.tokens import Tokens, prompt_ids
 from libortho.evaluation.compare import with_reference
 from libortho.evaluation.finetuned import FineTuned, load_model
@@ -24,6 +23,7 @@ from libortho.evaluation.job import TofuJob
 from libortho.evaluation.rows import row_of
 from libortho.evaluation.suite import Evaluation, evaluate_suite
 from libortho.evaluation.suite_data import SuiteData
+from libortho.files import cache_dir
 from libortho.scoring import mean_token_kl
 from libortho.training import Progress
 

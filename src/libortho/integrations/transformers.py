@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from libortho.checkpoint.manifest import QUANT_METHOD, Manifest, parse_manifest
 from libortho.checkpoint.names import ORTHO
 from libortho.checkpoint.skeleton import finish, prepare
-from libortho.checkpoint.verify import Verified, verify_split
+from libortho.checkpoint.verify import Verified, check_base_digest, check_split
 from libortho.checkpoint.write import save_split
 from libortho.errors import CheckpointError
 from libortho.layer import OrthoLinear
@@ -40,7 +41,7 @@ class OrthoConfig(QuantizationConfigMixin):
         manifest: what it says, checked.
     """
 
-    quant_method = QUANT_METHOD  # type: ignore[assignment]
+    quant_method = QUANT_METHOD  # type: ignore[assignment]  # not one of transformers' own
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -70,6 +71,7 @@ class OrthoQuantizer(HfQuantizer):
     quantization_config: OrthoConfig
     _found: Verified
     _dtype: torch.dtype
+    _base_checked: Future[None]
 
     def __init__(self, quantization_config: OrthoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -95,12 +97,17 @@ class OrthoQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("a split model is loaded from its folder, not from a state_dict")
         with torch.device("cpu"):  # transformers makes every new tensor on meta at this point
-            self._found = verify_split(Path(checkpoint_files[0]).parent)
+            self._found = check_split(Path(checkpoint_files[0]).parent)
         if self._found.manifest != self.quantization_config.manifest:
             raise CheckpointError(
                 f"{self._found.folder}: config= is of another checkpoint than the folder's own"
             )
         prepare(model, self._found, self._dtype)
+        # Reading the base through takes as long as loading it, so that is done beside it. Nobody
+        # has the model before the result is known.
+        pool = ThreadPoolExecutor(1)
+        self._base_checked = pool.submit(check_base_digest, self._found)
+        pool.shutdown(wait=False)
         if self._found.ortho is not None:
             # transformers reads on from this very list.
             checkpoint_files.append(str(self._found.folder / ORTHO))
@@ -108,6 +115,7 @@ class OrthoQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        self._base_checked.result()
         finish(model, self._found, self._dtype)
         # From here on it is a model like one that was just split. The manifest is of the files: on
         # a model that changes it would soon be wrong, and saving writes a new one.
@@ -180,5 +188,9 @@ def _refusing_splits(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
     return push
 
 
-setattr(PreTrainedModel, "save_pretrained", _saving_splits_apart(PreTrainedModel.save_pretrained))  # noqa: B010
-setattr(PreTrainedModel, "push_to_hub", _refusing_splits(PreTrainedModel.push_to_hub))  # noqa: B010
+PreTrainedModel.save_pretrained = _saving_splits_apart(  # type: ignore[method-assign]
+    PreTrainedModel.save_pretrained
+)
+PreTrainedModel.push_to_hub = _refusing_splits(  # type: ignore[assignment, method-assign]
+    PreTrainedModel.push_to_hub
+)

@@ -41,27 +41,30 @@ def linear(
     alpha: Tensor | None = None,
 ) -> Tensor:
     """As `reference.linear`; no gradients flow."""
-    if x.numel() == 0 or 0 in qdata.shape:
+    count, out_features = x.numel(), qdata.shape[0]
+    if not (count and out_features):
         return reference.linear(x, qdata, scale, zero, bias, ortho, alpha)
-    rows = x.numel() // x.shape[-1]
+    rows = count // x.shape[-1]
     if not (native.available() and x.dtype in _DTYPES and _stored_as_expected(qdata, scale, ortho)):
         return _with_torch(x, rows, qdata, scale, zero, bias, ortho, alpha)
     x = x.contiguous()
     if bias is not None:
         bias = bias.to(x.dtype)
-    group = 0 if scale is None else x.shape[-1] // scale.shape[1]
-    whole = scale is None or scale.shape[1] == 1 or group % 32 == 0
-    tiles = x.dtype == torch.bfloat16 and whole and native.has_tiles()
-    if rows <= (ROWS_BEFORE_TILES if tiles else ROWS_AT_ONCE):
-        way = native.ROWS
-    elif tiles:
-        way = native.TILES
-    else:
-        y = reference.dense_linear(x, qdata, scale, zero)
-        if ortho:
-            native.add_ortho()(y, x, ortho, alpha)
-        return y if bias is None else y + bias
+    way = native.ROWS
+    if rows > ROWS_BEFORE_TILES:
+        if x.dtype == torch.bfloat16 and native.has_tiles() and _whole_tiles(x.shape[-1], scale):
+            way = native.TILES
+        elif rows > ROWS_AT_ONCE:
+            y = reference.dense_linear(x, qdata, scale, zero)
+            if ortho:
+                native.add_ortho()(y, x, ortho, alpha)
+            return y if bias is None else y + bias
     return native.split_linear()(x, qdata, scale, zero, bias, ortho, alpha, way)
+
+
+def _whole_tiles(in_features: int, scale: Tensor | None) -> bool:
+    """False for groups that would share a tile's 32 columns with another."""
+    return scale is None or scale.shape[1] == 1 or in_features // scale.shape[1] % 32 == 0
 
 
 def _stored_as_expected(qdata: Tensor, scale: Tensor | None, ortho: Sequence[Tensor]) -> bool:

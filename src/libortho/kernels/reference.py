@@ -292,7 +292,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row of x (rows, columns) as INT8 codes and the step (rows, 1) fp32 between them."""
     wide = x.float()
     steps = wide.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return (wide / steps).round_().to(torch.int8), steps
+    return (wide * steps.reciprocal()).round_().to(torch.int8), steps
 
 
 def linear_int8_activations(

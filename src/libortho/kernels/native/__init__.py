@@ -22,8 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor
+
+from libortho.files import cache_dir
 
 FLAGS = (
     "-std=c++20",
@@ -63,7 +64,7 @@ def library_path() -> Path:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     for part in (*FLAGS, torch.__version__, platform.machine(), _processor()):
         digest.update(part.encode() + b"\0")
-    return user_cache_path("libortho") / "native" / f"libortho-{digest.hexdigest()[:20]}.so"
+    return cache_dir() / "native" / f"libortho-{digest.hexdigest()[:20]}.so"
 
 
 def _processor() -> str:

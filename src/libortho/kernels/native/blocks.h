@@ -14,6 +14,10 @@ struct FloatBlocks {
   int64_t in;
 
   F column(int64_t block, int64_t k) const { return load<F>(data + (block * in + k) * kLanes); }
+  void pair(int64_t block, int64_t k, F& first, F& second) const {
+    first = column(block, k);
+    second = column(block, k + 1);
+  }
 };
 
 // x packed in the order that tile products read: block b of sixteen rows is (words, 16 rows), a word
@@ -28,6 +32,12 @@ struct TileBlocks {
     const U pair = load<U>(data + (block * padded + (k & ~int64_t{1}) * 2) * kLanes);
     const uint32_t shift = k & 1 ? 0 : 16;
     return std::bit_cast<F>((pair << shift) & 0xffff0000u);
+  }
+  // Columns k and k + 1, k even.
+  void pair(int64_t block, int64_t k, F& first, F& second) const {
+    const U both = load<U>(data + (block * padded + k * 2) * kLanes);
+    first = std::bit_cast<F>(both << 16);
+    second = std::bit_cast<F>(both & 0xffff0000u);
   }
 };
 
@@ -48,14 +58,16 @@ inline void pack_tiles(const void* x, int64_t count, int64_t bytes, uint8_t* to)
   const uint8_t* from = static_cast<const uint8_t*>(x);
   int64_t at = 0;
 #ifdef __AVX512F__
-  const __m512i step = _mm512_mullo_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-      _mm512_set1_epi32(static_cast<int>(bytes)));
-  const __mmask16 mask = (1u << count) - 1;
-  for (; at + 4 <= bytes; at += 4) {
-    const __m512i words =
-        _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, step, from + at, 1);
-    _mm512_storeu_si512(to + at * kLanes, words);
+  for (; at + 64 <= bytes; at += 64) {
+    __m512i words[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      words[lane] = lane < count ? _mm512_loadu_si512(from + lane * bytes + at)
+                                 : _mm512_setzero_si512();
+    }
+    transpose(words);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      _mm512_storeu_si512(to + (at + 4 * i) * kLanes, words[i]);
+    }
   }
 #endif
   for (; at < up(bytes, 64); at += 4) {
@@ -77,32 +89,42 @@ inline F alpha_lanes(Alpha alpha, int64_t rows, int64_t block) {
   return value;
 }
 
-constexpr int64_t kRanksAtOnce = 8;
+// Sums of R factors' rows times the columns of one block.
+template <int64_t R, class X>
+inline void right_lanes(const float* right, const X& x, int64_t in, int64_t block, F* result) {
+  F acc[R] = {};
+  int64_t k = 0;
+  for (; k + 2 <= in; k += 2) {
+    F first, second;
+    x.pair(block, k, first, second);
+    for (int64_t r = 0; r < R; ++r) {
+      acc[r] += first * right[r * in + k] + second * right[r * in + k + 1];
+    }
+  }
+  for (; k < in; ++k) {
+    for (int64_t r = 0; r < R; ++r) acc[r] += x.column(block, k) * right[r * in + k];
+  }
+  for (int64_t r = 0; r < R; ++r) result[r] = acc[r];
+}
 
 // alpha * right x^T of one block: (rank, 16). `right` is (rank, in).
 template <class X>
 void low_rank_block(const float* right, int64_t rank, const X& x, int64_t in, int64_t block,
                     F alpha, float* inner) {
-  for (int64_t r = 0; r < rank; r += kRanksAtOnce) {
-    const int64_t count = std::min(kRanksAtOnce, rank - r);
-    F acc[kRanksAtOnce] = {};
-    const auto add = [&](int64_t some) {
-      for (int64_t k = 0; k < in; ++k) {
-        const F column = x.column(block, k);
-        for (int64_t i = 0; i < some; ++i) acc[i] += column * right[(r + i) * in + k];
-      }
-    };
-    switch (count) {  // a count known at compile time keeps the sums in registers
-      case 1: add(1); break;
-      case 2: add(2); break;
-      case 3: add(3); break;
-      case 4: add(4); break;
-      case 8: add(8); break;
-      default: add(count);
+  for (int64_t r = 0; r < rank;) {
+    F some[4];
+    const float* from = right + r * in;
+    const int64_t count = rank - r >= 4 ? 4 : rank - r >= 2 ? 2 : 1;
+    if (count == 4) {
+      right_lanes<4>(from, x, in, block, some);
+    } else if (count == 2) {
+      right_lanes<2>(from, x, in, block, some);
+    } else {
+      right_lanes<1>(from, x, in, block, some);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const F scaled = acc[i] * alpha;
-      std::memcpy(inner + (r + i) * kLanes, &scaled, sizeof scaled);
+    for (int64_t i = 0; i < count; ++i, ++r) {
+      const F scaled = some[i] * alpha;
+      std::memcpy(inner + r * kLanes, &scaled, sizeof scaled);
     }
   }
 }
@@ -130,7 +152,10 @@ inline void sparse_lanes(const Ortho<V>& ortho, const X& x, const F* alpha, int6
   for (int b = 0; b < B; ++b) result[b] = acc[b] * alpha[block + b];
 }
 
-constexpr int64_t kBlocksAtOnce = 4;
+#ifndef KB
+#define KB 4
+#endif
+constexpr int64_t kBlocksAtOnce = KB;
 
 // alpha * ortho(x) of outputs [begin, end) for all blocks: (outputs, 16 * blocks). The outer loop
 // is over a few blocks, whose columns the cache then holds for all outputs.
@@ -161,26 +186,29 @@ void ortho_rows(const Ortho<V>& ortho, const X& x, const float* inner, const F* 
 
 // A (16 outputs, 16 rows) square of fp32, transposed into y or added to what stands there.
 template <bool kAdd, class Y>
-inline void store_square(const float* square, int64_t rows, int64_t outputs, int64_t stride,
-                         Y* y) {
-  for (int64_t row = 0; row < rows; ++row) {
-    Y* to = y + row * stride;
+inline void store_square(const float* square, int64_t rows, int64_t outputs, int64_t stride, Y* y) {
 #if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && \
     defined(__AVX512VL__)
-    if constexpr (std::is_same_v<Y, BFloat16>) {
-      const __m512i step =
-          _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
-      const __mmask16 mask = outputs == kLanes ? 0xffff : (1u << outputs) - 1;
-      __m512 value = _mm512_i32gather_ps(step, square + row, 4);
+  if constexpr (std::is_same_v<Y, BFloat16>) {
+    __m512i lanes[kLanes];
+    for (int64_t n = 0; n < kLanes; ++n) lanes[n] = _mm512_loadu_si512(square + n * kLanes);
+    transpose(lanes);
+    const __mmask16 mask = (1u << outputs) - 1;
+    for (int64_t row = 0; row < rows; ++row) {
+      __m512 value = (__m512)lanes[row];
+      Y* to = y + row * stride;
       if constexpr (kAdd) {
         const __m256i before = _mm256_maskz_loadu_epi16(mask, to);
-        value = _mm512_add_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(
-                                         _mm512_cvtepu16_epi32(before), 16)));
+        const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(before), 16);
+        value = _mm512_add_ps(value, _mm512_castsi512_ps(bits));
       }
       _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
-      continue;
     }
+    return;
+  }
 #endif
+  for (int64_t row = 0; row < rows; ++row) {
+    Y* to = y + row * stride;
     for (int64_t n = 0; n < outputs; ++n) {
       put(to + n, square[n * kLanes + row] + (kAdd ? number(to[n]) : 0.0f));
     }
@@ -197,7 +225,7 @@ void add_ortho(const Ortho<V>& ortho, const X& x, const float* inner, const F* a
   for (int64_t n = begin; n < end; n += kLanes) {
     const int64_t outputs = std::min(kLanes, end - n);
     for (int64_t block = 0; block < blocks; ++block) {
-      alignas(64) float square[kLanes * kLanes] = {};
+      alignas(64) float square[kLanes * kLanes];
       for (int64_t i = 0; i < outputs; ++i) {
         std::memcpy(square + i * kLanes,
                     terms.get() + ((n - begin + i) * blocks + block) * kLanes, sizeof(F));

@@ -175,12 +175,13 @@ inline float round_row(const BFloat16* x, int64_t in, int8_t* codes) {
     return std::bit_cast<float>(0x7fc00000u);
   }
   const float step = std::max(std::bit_cast<float>(reach), 1.17549435e-38f) / 127;
+  const float inverse = 1 / step;
   for (k = 0; k + kLanes <= in; k += kLanes) {
-    const __m512i whole = _mm512_cvtps_epi32((__m512)(widen(x + k) / step));
+    const __m512i whole = _mm512_cvtps_epi32((__m512)(widen(x + k) * inverse));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtepi32_epi8(whole));
   }
   for (; k < in; ++k) {
-    codes[k] = static_cast<int8_t>(_mm_cvtss_si32(_mm_set_ss(number(x[k]) / step)));
+    codes[k] = static_cast<int8_t>(_mm_cvtss_si32(_mm_set_ss(number(x[k]) * inverse)));
   }
   return step;
 }

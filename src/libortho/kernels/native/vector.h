@@ -108,6 +108,34 @@ inline F choose(F table, U index) {
 #endif
 }
 
+#ifdef __AVX512F__
+// Sixteen vectors of sixteen words become their own transpose.
+inline void transpose(__m512i (&rows)[16]) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
+      b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
+    }
+  }
+  // b[4 i + j] holds, in 128-bit lane l, column 4 l + j of rows 4 i to 4 i + 3.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even0 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
+    const __m512i even1 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+    const __m512i odd0 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
+    const __m512i odd1 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
+    rows[j] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+    rows[8 + j] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+    rows[4 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+    rows[12 + j] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+  }
+}
+#endif
+
 inline float sum(F value) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_ps(std::bit_cast<__m512>(value));
