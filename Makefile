@@ -12,13 +12,15 @@ VLLM_STAMP := $(VLLM)/.installed
 VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation \
+.PHONY: help install native dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation \
         bench-checkpoint bench-serving crosstalk schemathesis attack test-vllm clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(NATIVE) ## make .venv with the pinned requirements and this package
+install: $(STAMP) ## make .venv with the pinned requirements and this package
+
+native: $(NATIVE) ## the C++ kernels, where there is a compiler (half a minute)
 
 $(NATIVE): $(STAMP) $(wildcard src/libortho/kernels/native/*)
 	$(BIN)/python -m libortho.kernels.native
@@ -36,7 +38,6 @@ dev: $(DEV)      ## install, and what tests and benchmarks need
 
 $(DEV): $(NATIVE) requirements-dev.txt
 	$(PIP) --no-deps -r requirements-dev.txt
-	$(BIN)/python -m libortho.kernels.native
 	@touch $@
 
 demo: install    ## memorise some authors, split the model, measure who still knows them
