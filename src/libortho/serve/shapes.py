@@ -115,6 +115,16 @@ class CompletionRequest(_Sampled):
 class ScoreRequest(_Request):
     """POST /v1/score: how likely a given completion is, token by token, at several alphas."""
 
+    # Said in the document, too: one of the two, and it is not null.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+            ]
+        }
+    )
+
     model: Model
     prompt: Filled | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=256)] | None = None
