@@ -38,6 +38,8 @@ MANIFEST_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m.pop("base_sha256"), "base_sha256' is missing"),
     (lambda m: m.update(base_sha256="abc"), "64 hexadecimal digits"),
     (lambda m: m.update(base_sha256="A" * 64), "lower case"),
+    (lambda m: m.update(streams_sha256="0" * 63), "streams_sha256='000.*64 hexadecimal digits"),
+    (lambda m: m.update(streams_sha256="0" * 64), "the base is damaged"),
     (lambda m: m.update(base_sha256=7), "base_sha256=7: expected str"),
     (lambda m: m.update(layers={}), "layers is empty"),
     (lambda m: m.update(layers=[]), r"layers=\[\]: expected dict"),

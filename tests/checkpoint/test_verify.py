@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from libortho import CheckpointError
-from libortho.checkpoint import load_split, read_manifest, save_split
+from libortho.checkpoint import load_split, read_manifest, save_split, verify_split
 from libortho.checkpoint.tensorfile import digest, read_entries
 
 FILES = {"base": "model.safetensors", "ortho": "ortho.safetensors"}
@@ -34,19 +34,39 @@ def test_truncated_files(file: str, keep: int, copy: Path) -> None:
         load_split(copy)
 
 
-@pytest.mark.parametrize("file", ["base", "ortho"])
-def test_one_flipped_bit_is_found(file: str, copy: Path) -> None:
-    path = copy / FILES[file]
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        (f"{LAYER}.base.qdata", "loaded"),
+        (f"{LAYER}.base.scale", "loaded"),
+        (f"{LAYER}.ortho.values", "loaded"),
+        ("model.embed_tokens.weight", "verified"),
+    ],
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_one_flipped_bit_is_found(name: str, when: str, last: bool, copy: Path) -> None:
+    which = "ortho" if ".ortho." in name else "base"
+    path = copy / FILES[which]
+    entry = read_entries(path)[name]
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    data[entry.stop - 1 if last else entry.start] ^= 1
     path.write_bytes(data)
-    with pytest.raises(
-        CheckpointError, match=f"sha256 of the tensors in {FILES[file]}.*the {file} is damaged"
-    ):
+    told = f"sha256 of the tensors in {FILES[which]}.*the {which} is damaged"
+    with pytest.raises(CheckpointError, match=told):
+        verify_split(copy)
+    if when == "loaded":
+        with pytest.raises(CheckpointError, match=told):
+            load_split(copy)
+    else:
         load_split(copy)
 
 
-def test_the_ortho_of_another_split_is_refused(split_model, copy: Path, tmp_path: Path) -> None:
+def test_the_ortho_of_another_split_is_refused(
+    split_model, saved: Path, copy: Path, tmp_path: Path
+) -> None:
     # The same shapes throughout: nothing but the digests can tell.
     other = tmp_path / "other"
     save_split(split_model(kind="sparse", seed=1), other)
@@ -66,6 +86,10 @@ def test_the_ortho_of_another_split_is_refused(split_model, copy: Path, tmp_path
         load_split(copy)
     shutil.copy(other / "config.json", copy)
     load_split(copy)
+    # The base alone exchanged, without a word in any manifest.
+    shutil.copy(saved / "model.safetensors", copy)
+    with pytest.raises(CheckpointError, match="the base is damaged or belongs to another"):
+        load_split(copy)
 
 
 @settings(max_examples=15)

@@ -50,6 +50,7 @@ def test_the_ortho_file_holds_the_memory_and_nothing_else_does(digest_of, saved:
         "format_version": 1,
         "libortho_version": libortho.__version__,
         "base_sha256": digest_of(saved / "model.safetensors"),
+        "streams_sha256": digest_of(saved / "model.safetensors", among=".base."),
         "layers": {name: {"shape": [24, 40], "base": "int8"} for name in layers},
         "tied": {},
         "buffer_dtypes": {

@@ -27,6 +27,7 @@ from libortho import (
 )
 from libortho.alpha import ortho_layers
 from libortho.checkpoint import load_split, save_split, strip
+from libortho.checkpoint.tensorfile import read_entries
 from libortho.integrations.transformers import OrthoConfig
 
 IDS = torch.arange(3, 15).reshape(2, 6)
@@ -205,9 +206,11 @@ def test_other_classes_are_refused(folder: Path) -> None:
 
 
 def test_faults_are_the_same_through_from_pretrained(folder: Path) -> None:
-    data = bytearray((folder / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(data)
+    path = folder / "model.safetensors"
+    entry = read_entries(path)["model.layers.0.mlp.down_proj.base.qdata"]
+    data = bytearray(path.read_bytes())
+    data[entry.start] ^= 1
+    path.write_bytes(data)
     with pytest.raises(CheckpointError, match="the base is damaged"):
         AutoModelForCausalLM.from_pretrained(folder)
     plain = json.loads((folder / "config.json").read_text())

@@ -9,8 +9,8 @@
     generation_config.json, tokenizer files      as transformers writes them
 
 Leave the ortho files out and the memory is not there: `strip` makes such a copy, and searches it.
-Nothing is ever pickled, and nobody gets a model before all of its folder has been checked. Byte for
-byte in docs/checkpoint-format.md.
+Nothing is ever pickled, and no tensor is used before the folder has been checked. Byte for byte in
+docs/checkpoint-format.md.
 """
 
 from libortho.checkpoint.atomic import check_writable

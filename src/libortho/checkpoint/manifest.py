@@ -54,7 +54,9 @@ class Manifest:
         quant_method: how transformers tells whose format this is.
         format_version: a reader knows one version.
         libortho_version: of the writer, for people.
-        base_sha256: hex digest of every tensor of the base (`tensorfile.digest`).
+        base_sha256: hex digest of every tensor of the base (`tensorfile.digest`), which names it.
+        streams_sha256: hex digest of the base streams of the split layers alone, those that an
+            ortho stream adds to: few enough bytes to be read whenever the model is loaded.
         layers: module name -> split layer.
         tied: parameter name -> name of the stored parameter that stands in this place too.
         buffer_dtypes: floating buffers that are not stored but computed from the config (rotary
@@ -66,6 +68,7 @@ class Manifest:
     format_version: Literal[1]
     libortho_version: str
     base_sha256: str
+    streams_sha256: str
     layers: dict[str, LayerEntry]
     tied: dict[str, str]
     buffer_dtypes: dict[str, FloatName]
@@ -140,7 +143,8 @@ def parse_manifest(plain: Any) -> Manifest:
     for name, layer in manifest.layers.items():
         if min(layer.shape) < 1:
             raise ValueError(f"layers.{name}.shape={layer.shape}: expected two numbers above 0")
-    _check_digest("base_sha256", manifest.base_sha256)
+    for key in ("base_sha256", "streams_sha256"):
+        _check_digest(key, getattr(manifest, key))
     for name in (*manifest.layers, *manifest.tied, *manifest.tied.values()):
         if is_ortho_name(name):
             raise ValueError(f"{name} is an ortho tensor: the base must not hold any")

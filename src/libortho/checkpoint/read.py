@@ -39,7 +39,8 @@ def load_split(
         implementation is transformers' default.
 
     Raises:
-        CheckpointError: something is missing, damaged, or not of one piece.
+        CheckpointError: something is missing, damaged, or not of one piece; found before a weight
+            is loaded. (Damage within a tensor that no split layer has is found by `verify_split`.)
         OSError: a file cannot be read, for want of permission, for instance.
         TypeError: `dtype` is no floating dtype.
     """

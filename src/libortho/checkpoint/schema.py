@@ -7,6 +7,7 @@ half understood could put a memory where it must not be.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,8 +75,13 @@ def _decode_fields(kind: Any, value: Any, where: str) -> Any:
     for name, field in fields.items():
         if name not in value and field.default is dataclasses.MISSING:
             raise ValueError(f"key {_join(where, name)!r} is missing")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     return kind(**{k: decode(hints[k], v, _join(where, k)) for k, v in value.items()})
+
+
+@functools.cache  # a model has hundreds of layers, and each hint is a text that is evaluated
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _join(where: str, key: str) -> str:

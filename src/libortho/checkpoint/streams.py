@@ -58,6 +58,14 @@ def base_names(name: str, layer: LayerEntry) -> dict[str, str]:
     return {part: f"{name}.base.{part}" for part in BASE_TENSORS[layer.base]}
 
 
+def streams_of(
+    layers: Mapping[str, LayerEntry], entries: Mapping[str, TensorEntry]
+) -> dict[str, TensorEntry]:
+    """The tensors of the layers' base streams among `entries`, which has them all."""
+    names = (full for name, layer in layers.items() for full in base_names(name, layer).values())
+    return {name: entries[name] for name in names}
+
+
 def ortho_names(name: str, kind: OrthoKind) -> dict[str, str]:
     """{"left": "<name>.ortho.left", ...} for a layer's ortho stream."""
     return {part: f"{name}.ortho.{part}" for part in ORTHO_TENSORS[kind]}

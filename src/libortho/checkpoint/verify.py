@@ -15,7 +15,13 @@ from libortho.checkpoint.manifest import (
 )
 from libortho.checkpoint.names import CONFIG, ORTHO, ORTHO_CONFIG, PathLike, base_files
 from libortho.checkpoint.schema import blame
-from libortho.checkpoint.streams import check_base_layer, check_csr, check_ortho_layer, ortho_names
+from libortho.checkpoint.streams import (
+    check_base_layer,
+    check_csr,
+    check_ortho_layer,
+    ortho_names,
+    streams_of,
+)
 from libortho.checkpoint.tensorfile import TensorEntry, digest, opened, read_entries
 from libortho.errors import CheckpointError
 
@@ -39,32 +45,30 @@ class Verified:
 
 
 def verify_split(folder: PathLike) -> Verified:
-    """Check a whole checkpoint, digests included; reads the files once, builds nothing.
+    """Check a whole checkpoint, every byte of every tensor; builds nothing.
 
-    What only the model's class can tell, that these are the tensors that it needs, is checked when
-    it is loaded.
+    Loading does the same but for the tensors of layers that are not split, which it would have to
+    read twice. What only the model's class can tell, that these are the tensors that it needs, is
+    checked when it is loaded.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
     found = check_split(folder)
-    check_base_digest(found)
+    says = found.folder / CONFIG
+    check_digest(says, "base", found.manifest.base_sha256, found.base_tensors)
     return found
 
 
 def check_split(folder: PathLike) -> Verified:
-    """All that `verify_split` checks but the base's digest, the one thing that takes time."""
+    """What is checked whenever a checkpoint is loaded: all but the digest of the whole base."""
     folder = Path(folder)
     found = check_files(folder, read_manifest(folder))
+    streams = streams_of(found.manifest.layers, found.base_tensors)
+    check_digest(folder / CONFIG, "base", found.manifest.streams_sha256, streams)
     if found.ortho is not None:
         check_digest(folder / ORTHO_CONFIG, "ortho", found.ortho.ortho_sha256, found.ortho_tensors)
     return found
-
-
-def check_base_digest(found: Verified) -> None:
-    """Raise CheckpointError unless the base's tensors are those that its manifest speaks of."""
-    says = found.folder / CONFIG
-    check_digest(says, "base", found.manifest.base_sha256, found.base_tensors)
 
 
 def check_files(folder: Path, manifest: Manifest) -> Verified:

@@ -41,7 +41,7 @@ from libortho.checkpoint.names import (
 )
 from libortho.checkpoint.reports import report_text
 from libortho.checkpoint.skeleton import build_skeleton, check_fit, computed_buffers
-from libortho.checkpoint.streams import ortho_names, storage_of
+from libortho.checkpoint.streams import ortho_names, storage_of, streams_of
 from libortho.checkpoint.tensorfile import digest, read_entries
 from libortho.checkpoint.verify import check_files, read_base
 from libortho.errors import CheckpointError
@@ -96,11 +96,13 @@ def save_split(
     folder = Path(folder)
     with replacing(folder) as partial:
         _write_base(partial, base, max_shard_size)
+        written = read_base(partial)
         manifest = Manifest(
             quant_method=QUANT_METHOD,
             format_version=FORMAT_VERSION,
             libortho_version=libortho.__version__,
-            base_sha256=digest(read_base(partial)),
+            base_sha256=digest(written),
+            streams_sha256=digest(streams_of(layers, written)),
             layers=layers,
             tied=tied,
             buffer_dtypes=_buffer_dtypes(model),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from libortho.checkpoint.manifest import QUANT_METHOD, Manifest, parse_manifest
 from libortho.checkpoint.names import ORTHO
 from libortho.checkpoint.skeleton import finish, prepare
-from libortho.checkpoint.verify import Verified, check_base_digest, check_split
+from libortho.checkpoint.verify import Verified, check_split
 from libortho.checkpoint.write import save_split
 from libortho.errors import CheckpointError
 from libortho.layer import OrthoLinear
@@ -71,7 +70,6 @@ class OrthoQuantizer(HfQuantizer):
     quantization_config: OrthoConfig
     _found: Verified
     _dtype: torch.dtype
-    _base_checked: Future[None]
 
     def __init__(self, quantization_config: OrthoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -103,11 +101,6 @@ class OrthoQuantizer(HfQuantizer):
                 f"{self._found.folder}: config= is of another checkpoint than the folder's own"
             )
         prepare(model, self._found, self._dtype)
-        # Reading the base through takes as long as loading it, so that is done beside it. Nobody
-        # has the model before the result is known.
-        pool = ThreadPoolExecutor(1)
-        self._base_checked = pool.submit(check_base_digest, self._found)
-        pool.shutdown(wait=False)
         if self._found.ortho is not None:
             # transformers reads on from this very list.
             checkpoint_files.append(str(self._found.folder / ORTHO))
@@ -115,7 +108,6 @@ class OrthoQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        self._base_checked.result()
         finish(model, self._found, self._dtype)
         # From here on it is a model like one that was just split. The manifest is of the files: on
         # a model that changes it would soon be wrong, and saving writes a new one.
