@@ -11,6 +11,9 @@ VLLM   ?= .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 
+# Compiling what is imported takes 15 seconds; it is to be done once, not at every start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install native dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation \
         bench-checkpoint bench-serving crosstalk schemathesis attack test-vllm clean
@@ -52,8 +55,8 @@ lint: dev        ## ruff, and its format check
 types: dev       ## mypy --strict on src
 	$(BIN)/mypy
 
-pytest: dev      ## every test
-	$(BIN)/pytest
+pytest: dev      ## every test, a file to a core
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 test-vllm: $(VLLM_STAMP) ## serve an export with the real vLLM (in a venv of its own, about 2 GB)
 	PYTHONPATH=src $(VLLM)/bin/python -m pytest tests_vllm
