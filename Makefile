@@ -56,7 +56,7 @@ types: dev       ## mypy --strict on src
 	$(BIN)/mypy
 
 pytest: dev      ## every test, a file to a core
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-vllm: $(VLLM_STAMP) ## serve an export with the real vLLM (in a venv of its own, about 2 GB)
 	PYTHONPATH=src $(VLLM)/bin/python -m pytest tests_vllm
