@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from libortho import CheckpointError, LibOrthoError, OrthoStreamMissing, set_alpha
 from libortho.alpha import ortho_layers
@@ -109,7 +109,7 @@ def test_no_two_files_share_a_key() -> None:
     assert one[64:124] != two[64:124]
 
 
-@given(st.data())
+@given(data=st.data())
 def test_any_flipped_bit_is_an_error(data: st.DataObject, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("x") / "x"
     with pytest.MonkeyPatch.context() as patch:
@@ -171,7 +171,6 @@ def test_damage_is_one_clear_error(damage: str, locked: Path) -> None:
             use(locked, key=KEY)
         assert ENC in str(caught.value)
         assert not isinstance(caught.value, OrthoLocked)
-    assert not torch.isnan(load_split_base(locked)).any()
 
 
 def load_split_base(folder: Path) -> torch.Tensor:
@@ -294,7 +293,7 @@ def test_the_base_alone_needs_no_key(saved: Path, locked: Path, tmp_path: Path) 
         assert all(layer.ortho is None for layer in ortho_layers(base).values())
         with pytest.raises(OrthoStreamMissing, match=r"ortho stream of .* is locked"):
             set_alpha(base, 0.5)
-        with pytest.raises(ValueError, match="left locked .* saving would lose it"):
+        with pytest.raises(ValueError, match="left locked when"):
             save_split(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with torch.no_grad():
@@ -321,11 +320,10 @@ def test_strip_finds_ortho_bytes_of_an_encrypted_split(locked: Path, saved: Path
         strip(locked, tmp_path / "out", key=KEY)
 
 
-def test_a_large_tensor_is_searched_for_whole(split_model, tmp_path: Path) -> None:
+def test_a_large_tensor_is_searched_for_whole(tmp_path: Path) -> None:
     # Longer than what is read at a time: its first bytes count as its last ones do.
     from libortho.checkpoint.search import Found, search
     from libortho.checkpoint.tensorfile import CHUNK, read_entries
-    from safetensors.torch import save_file
 
     tensor = torch.randn(CHUNK // 4 + 1000)
     save_file({"a.ortho.left": tensor}, tmp_path / "x.safetensors")

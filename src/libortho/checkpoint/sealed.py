@@ -146,8 +146,9 @@ def _unwrap(path: Path, header: _Header, key: OrthoKey | None) -> bytes:
         raise CheckpointError(
             f"{path}: encrypted with the key {header.key_id}, this one is {key.id}: the wrong key"
         )
+    cipher = _aes(key.secret)
     try:
-        return bytes(_aes(key.secret).decrypt(header.wrap_nonce, header.wrapped, header.aad))
+        return bytes(cipher.decrypt(header.wrap_nonce, header.wrapped, header.aad))
     except _invalid_tag():
         raise CheckpointError(f"{path}: its header is damaged") from None
 
