@@ -1,4 +1,4 @@
-"""One place says how often a fault is tried: a few times in CI, often in `make fuzz` and `make soak`."""
+"""How often a fault is tried: a few times in CI, often in `make fuzz` and `make soak`."""
 
 from __future__ import annotations
 

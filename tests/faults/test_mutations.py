@@ -77,8 +77,7 @@ def test_mutated_files(
         try:
             verify_split(folder, key=KEY)
             got = load_split(folder, key=KEY)
-        except CheckpointError as error:
-            assert str(error)
+        except CheckpointError:
             refused += 1
         else:
             # A change that says nothing (white space, a report's number) is the same model.

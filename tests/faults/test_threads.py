@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import threading
 import time
@@ -32,7 +33,7 @@ def test_64_threads_at_64_alphas(model, times: Callable[[str, int], int]) -> Non
 
     alphas = [i / 63 for i in range(64)]
     alone = [run(alpha) for alpha in alphas]
-    assert not any(torch.equal(a, b) for a, b in zip(alone, alone[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(alone))
     start = threading.Barrier(len(alphas), timeout=60)
     end = [0.0]
     wrong: list[str] = []

@@ -117,7 +117,7 @@ def test_a_model_folder_cannot_bring_code(
     if known:
         load_model(str(folder))
     else:
-        with pytest.raises(ValueError, match="mine|trust_remote_code|code"):
+        with pytest.raises(ValueError, match=r"mine|trust_remote_code|code"):
             load_model(str(folder))
     settings = folder / "tokenizer_config.json"
     mapped = {"auto_map": {"AutoTokenizer": ["code.T", None]}, "tokenizer_class": "Mine"}
