@@ -3,8 +3,8 @@
     make licences
 
 Reads what pip-licenses found and writes one table. A licence that is not in the list below ends it
-in an error: somebody has to read it and decide. The parts of "A AND B" must all be allowed, of "A OR
-B" one. Nothing of these packages is copied into this one; they are imported, or used as tools.
+in an error: somebody has to read it and decide. Of "A AND B" both must be allowed, of "A OR B"
+one. Nothing of these packages is copied into this one; they are imported, or used as tools.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def table(packages: list[dict[str, Any]]) -> tuple[str, list[str]]:
             refused.append(f"{package['Name']} {package['Version']}: {licence}")
     head = (
         "# Licences\n\nOf every package that `make dev` installs, as the packages say themselves. "
-        "Made by `make licences`,\nwhich ends in an error where one is not compatible with Apache-2.0. "
-        "None of them is part of this package.\n\n| Package | Version | Licence |\n|---|---|---|\n"
+        "Made by `make licences`,\nwhich ends in an error where one is not compatible with "
+        "Apache-2.0. None of them is part of this package.\n\n| Package | Version | Licence |\n|---|---|---|\n"
     )
     return head + "\n".join(rows) + "\n", refused
 
