@@ -98,7 +98,8 @@ def table(packages: list[dict[str, Any]]) -> tuple[str, list[str]]:
     head = (
         "# Licences\n\nOf every package that `make dev` installs, as the packages say themselves. "
         "Made by `make licences`,\nwhich ends in an error where one is not compatible with "
-        "Apache-2.0. None of them is part of this package.\n\n| Package | Version | Licence |\n|---|---|---|\n"
+        "Apache-2.0. None of them is part of this package.\n\n"
+        "| Package | Version | Licence |\n|---|---|---|\n"
     )
     return head + "\n".join(rows) + "\n", refused
 

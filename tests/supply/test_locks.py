@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -131,17 +132,13 @@ def test_remote_code_is_off_wherever_something_is_loaded(repository: Path) -> No
     """Every `from_pretrained` and `from_config` of a transformers Auto class says so itself."""
     calls = 0
     for path in sorted((repository / "src").rglob("*.py")):
-        text = path.read_text()
-        for match in re.finditer(r"\bAuto\w+\.from_(pretrained|config)\(", text):
-            line = text.rfind("\n", 0, match.start()) + 1
-            before = text[line : match.start()]
-            if "`" in before or before.lstrip().startswith("#") or '"' in before:
-                continue  # prose
-            depth, end = 1, match.end()
-            while depth:
-                depth += {"(": 1, ")": -1}.get(text[end], 0)
-                end += 1
-            assert "trust_remote_code=False" in text[match.start() : end], path.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            owner = node.func.value
+            if not (isinstance(owner, ast.Name) and owner.id.startswith("Auto")):
+                continue
+            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert given.get("trust_remote_code") == "False", f"{path.name}:{node.lineno}"
             calls += 1
-        assert "trust_remote_code=True" not in text, path.name
     assert calls >= 8
