@@ -99,14 +99,14 @@ def finish(model: PreTrainedModel, found: Verified, dtype: torch.dtype) -> None:
     """
     if found.sealed and found.ortho is not None:
         for name, kind in found.ortho.layers.items():
-            owner = model.get_submodule(name)
-            assert isinstance(owner, OrthoLinear)
+            layer = model.get_submodule(name)
+            assert isinstance(layer, OrthoLinear)
             parts = {
                 part: read_tensor(found.ortho_tensors[full])
                 for part, full in ortho_names(name, kind).items()
             }
-            device = owner.base.qdata.device
-            owner.ortho = make_ortho(found.manifest.layers[name], kind, parts).to(device)
+            device = layer.base.qdata.device
+            layer.ortho = make_ortho(found.manifest.layers[name], kind, parts).to(device)
     for name, entry in {**found.base_tensors, **found.ortho_tensors}.items():
         owner, _, part = name.rpartition(".")
         if not owner.endswith((".base", ".ortho")):
