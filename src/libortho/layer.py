@@ -42,6 +42,7 @@ class OrthoLinear(nn.Module):
         bias: (out_features,) buffer or None; it belongs to the base.
         default_alpha: what `set_alpha` wrote; starts at 0, the safe state.
         report: how the layer was split, with its errors and sizes.
+        locked: its folder has an ortho stream that was not loaded, so that `ortho` is None.
 
     Raises:
         TypeError: `original_layer` is not a linear layer (nn.Linear or transformers' Conv1D).
@@ -52,6 +53,7 @@ class OrthoLinear(nn.Module):
     ortho: OrthoStream | None
     bias: Tensor | None
     report: LayerReport | None
+    locked: bool
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class OrthoLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.default_alpha = _alpha.ZERO
         self.report = None
+        self.locked = False
         self._key = _alpha.new_key(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,6 +137,11 @@ class OrthoLinear(nn.Module):
     def require_ortho(self, alpha: _alpha.Alpha, name: str = "") -> None:
         """Raise OrthoStreamMissing where `alpha` needs an ortho stream that is not there."""
         if self.ortho is None and not alpha.is_zero:
+            if self.locked:
+                raise OrthoStreamMissing(
+                    f"the ortho stream of {name or 'this layer'} is locked: the base was loaded "
+                    "alone and runs at alpha = 0; load the folder with its key to go above it"
+                )
             raise OrthoStreamMissing(
                 f"{name or 'this layer'} has no ortho stream: a base-only deployment runs at "
                 "alpha = 0 alone; load the ortho file to go above it"

@@ -4,6 +4,7 @@
     model.safetensors      every tensor but the ortho streams; or shards with their
                            model.safetensors.index.json
     ortho.safetensors      the ortho streams alone, readable by its owner only (mode 0600)
+                           or ortho.safetensors.enc: the same, encrypted
     ortho_config.json      what is in it and which base it belongs to (mode 0600)
     README.md, report.json the model card, and the separation's report
     generation_config.json, tokenizer files      as transformers writes them
@@ -14,6 +15,8 @@ docs/checkpoint-format.md.
 """
 
 from libortho.checkpoint.atomic import check_writable
+from libortho.checkpoint.encrypt import encrypt_split, rotate_key
+from libortho.checkpoint.keys import OrthoKey, ortho_access
 from libortho.checkpoint.manifest import (
     LayerEntry,
     Manifest,
@@ -31,14 +34,18 @@ from libortho.checkpoint.write import save_split
 __all__ = [
     "LayerEntry",
     "Manifest",
+    "OrthoKey",
     "OrthoManifest",
     "Searched",
     "Verified",
     "check_writable",
+    "encrypt_split",
     "is_split",
     "load_split",
+    "ortho_access",
     "read_manifest",
     "read_ortho_manifest",
+    "rotate_key",
     "save_split",
     "strip",
     "verify_split",

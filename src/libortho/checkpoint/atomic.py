@@ -21,11 +21,11 @@ from libortho.checkpoint.names import PathLike
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; it takes the place of `folder` when the block ends well.
 
-    A split checkpoint that stands there is replaced as a whole, with everything in it. If anything
-    raises, it is back in its place and nothing of the new one remains. On Linux the two change
-    places in one step, so that there is one of them at every instant. Elsewhere, and on file
-    systems that cannot, a process killed between two renames leaves the old checkpoint beside its
-    place, named `.<name>.old-<random>`, and none in it.
+    A split checkpoint that stands there is replaced as a whole, with everything in it but its
+    permissions. If anything raises, it is back in its place and nothing of the new one remains. On
+    Linux the two change places in one step, so that there is one of them at every instant.
+    Elsewhere, and on file systems that cannot, a process killed between two renames leaves the old
+    checkpoint beside its place, named `.<name>.old-<random>`, and none in it.
 
     Raises:
         FileExistsError: `folder` exists, is not empty, and is no split checkpoint.
@@ -38,7 +38,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         # Closed to others until its files have the permissions that they are to have.
-        mode = stat.S_IMODE(partial.stat().st_mode)
+        mode = stat.S_IMODE((target if target.exists() else partial).stat().st_mode)
         partial.chmod(0o700)
         yield partial
         _sync_tree(partial)

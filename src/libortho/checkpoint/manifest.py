@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from libortho.checkpoint.names import (
     CONFIG,
-    ORTHO,
     ORTHO_CONFIG,
+    ORTHO_SEALED,
     OUTDATED,
     PathLike,
     base_files,
+    ortho_file,
 )
 from libortho.checkpoint.schema import blame, decode, read_object
 from libortho.config import Storage
@@ -79,6 +80,19 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class Encryption:
+    """That `ortho.safetensors.enc` stands in the place of `ortho.safetensors`.
+
+    Attributes:
+        cipher: how (`checkpoint.sealed`).
+        key_id: `OrthoKey.id` of the key that opens it.
+    """
+
+    cipher: Literal["AES-256-GCM"]
+    key_id: str
+
+
+@dataclass(frozen=True)
 class OrthoManifest:
     """All of `ortho_config.json`.
 
@@ -87,6 +101,7 @@ class OrthoManifest:
         base_sha256: of the base that it was made with, and the only one that it fits.
         ortho_sha256: hex digest of every tensor of `ortho.safetensors`, taken like the base's.
         layers: module name -> form of its ortho stream. A split layer may have none.
+        encryption: None, and not in the file, where the tensors are plain.
     """
 
     quant_method: Literal["libortho"]
@@ -95,10 +110,14 @@ class OrthoManifest:
     base_sha256: str
     ortho_sha256: str
     layers: dict[str, OrthoKind]
+    encryption: Encryption | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return dataclasses.asdict(self)
+        plain = dataclasses.asdict(self)
+        if self.encryption is None:
+            del plain["encryption"]
+        return plain
 
 
 def is_split(folder: PathLike) -> bool:
@@ -155,15 +174,13 @@ def read_ortho_manifest(folder: Path, manifest: Manifest) -> OrthoManifest | Non
     """The checked `ortho_config.json` of a checkpoint, or None where it has no ortho stream.
 
     Raises:
-        CheckpointError: it is there without `ortho.safetensors` or the other way round, malformed,
-            of another version, or of another base than `manifest`'s.
+        CheckpointError: it is there without the tensors or the other way round, malformed, of
+            another version, of another base than `manifest`'s, or it says that the tensors are
+            encrypted where they are plain, or the reverse.
     """
-    path, tensors = folder / ORTHO_CONFIG, folder / ORTHO
-    if not path.exists() and not tensors.exists():
+    path, tensors = folder / ORTHO_CONFIG, ortho_file(folder)
+    if tensors is None:
         return None
-    for one, other in ((path, tensors), (tensors, path)):
-        if not one.is_file():
-            raise CheckpointError(f"{one} is missing, and {other.name} is there: half an ortho")
     with blame(path):
         plain = read_object(path)
         _check_version(plain, "the file")
@@ -175,6 +192,9 @@ def read_ortho_manifest(folder: Path, manifest: Manifest) -> OrthoManifest | Non
                 f"made for the base with sha256 {ortho.base_sha256[:12]}..., this one is "
                 f"{manifest.base_sha256[:12]}...: the two are not of one split"
             )
+        if (ortho.encryption is not None) != (tensors.name == ORTHO_SEALED):
+            says = "plain" if ortho.encryption is None else "encrypted"
+            raise ValueError(f"says that the tensors are {says}, and {tensors.name} is there")
         if not ortho.layers:
             raise ValueError("layers is empty: an ortho stream is of at least one layer")
         for name in ortho.layers:

@@ -15,6 +15,7 @@ BASE = "model.safetensors"
 BASE_INDEX = "model.safetensors.index.json"
 BASE_PATTERN = "model{suffix}.safetensors"
 ORTHO = "ortho.safetensors"
+ORTHO_SEALED = "ortho.safetensors.enc"
 ORTHO_CONFIG = "ortho_config.json"
 REPORT = "report.json"
 CARD = "README.md"
@@ -22,7 +23,7 @@ CARD = "README.md"
 OUTDATED = "libortho.json"
 """What a folder of the format before version 1 has, and no other."""
 
-PRIVATE = (ORTHO, ORTHO_CONFIG)
+PRIVATE = (ORTHO, ORTHO_SEALED, ORTHO_CONFIG)
 """Readable by their owner alone, and never part of a base-only deployment."""
 
 _TOKENIZER = (
@@ -53,6 +54,25 @@ def base_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing, though {BASE_INDEX} names it")
     return files
+
+
+def ortho_file(folder: Path) -> Path | None:
+    """Where a folder's ortho stream is, plain or encrypted; None in a base-only deployment.
+
+    Raises:
+        CheckpointError: there are both, or one of `ortho_config.json` and the tensors alone.
+    """
+    found = [folder / name for name in (ORTHO, ORTHO_SEALED) if (folder / name).exists()]
+    config = folder / ORTHO_CONFIG
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} holds {ORTHO} and {ORTHO_SEALED}: expected one of them")
+    if not found and not config.exists():
+        return None
+    missing = [path for path in (config, *(found or [folder / ORTHO])) if not path.is_file()]
+    if missing:
+        other = found[0].name if found and missing == [config] else ORTHO_CONFIG
+        raise CheckpointError(f"{missing[0]} is missing, and {other} is there: half an ortho")
+    return found[0]
 
 
 def public_files(folder: Path) -> list[str]:

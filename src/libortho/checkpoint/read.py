@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from libortho.checkpoint.keys import OrthoKey, ortho_access
 from libortho.checkpoint.manifest import read_manifest
 from libortho.checkpoint.names import CONFIG, GENERATION_CONFIG, PathLike
 from libortho.checkpoint.schema import blame, read_object
-from libortho.errors import CheckpointError
+from libortho.errors import CheckpointError, LibOrthoError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +22,8 @@ def load_split(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    key: OrthoKey | None = None,
+    base_only: bool = False,
 ) -> PreTrainedModel:
     """Load a split model, bit for bit as it was saved; alpha starts at 0.
 
@@ -33,6 +36,10 @@ def load_split(
         dtype: a floating dtype for everything that is not split (embeddings, norms, biases); the
             stored streams keep theirs. As saved by default, or where it is the config's own.
         device: where to load it, the CPU by default.
+        key: of an encrypted ortho stream; by default the one in use (`ortho_access`, or that of
+            the environment). It is decrypted in memory, never on a disk.
+        base_only: leave an ortho stream alone, plain or encrypted: no key is needed, every ortho
+            stream is None, and an alpha above 0 raises OrthoStreamMissing.
 
     Returns:
         The model in eval mode, with no tensor that requires a gradient. Its attention
@@ -41,6 +48,7 @@ def load_split(
     Raises:
         CheckpointError: something is missing, damaged, or not of one piece; found before a weight
             is loaded. (Damage within a tensor that no split layer has is found by `verify_split`.)
+        OrthoLocked: the ortho stream is encrypted, there is no key, and not `base_only`.
         OSError: a file cannot be read, for want of permission, for instance.
         TypeError: `dtype` is no floating dtype.
     """
@@ -56,13 +64,14 @@ def load_split(
     _check_generation_config(folder)
     register()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype="auto" if dtype is None else dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except (CheckpointError, OSError, MemoryError, RuntimeError):
+        with ortho_access(key, base_only):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except (LibOrthoError, OSError, MemoryError, RuntimeError):
         raise
     except Exception as error:  # whatever a config or a model's class raises on a config from disk
         raise CheckpointError(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from libortho.checkpoint.tensorfile import TensorEntry, chunks
+from libortho.checkpoint.tensorfile import TensorEntry, read_bytes
 
 BLOCK = 32
 """Bytes: 16 numbers in half precision. That many equal ones by chance do not happen."""
@@ -68,7 +68,7 @@ def search(
     owners: dict[bytes, str] = {}
     silent = []
     for name, entry in tensors.items():
-        own = _telling_blocks(b"".join(chunks(entry)))
+        own = _telling_blocks(bytes(read_bytes(entry)))
         owners |= dict.fromkeys(own, name)
         if not own:
             silent.append(name)

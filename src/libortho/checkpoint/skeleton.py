@@ -19,7 +19,7 @@ from libortho.checkpoint.names import CONFIG
 from libortho.checkpoint.reports import read_reports
 from libortho.checkpoint.schema import blame, read_object
 from libortho.checkpoint.streams import base_names, make_base, make_ortho, ortho_names
-from libortho.checkpoint.tensorfile import TensorEntry
+from libortho.checkpoint.tensorfile import DTYPES, TensorEntry, read_tensor
 from libortho.checkpoint.verify import Verified
 from libortho.errors import CheckpointError
 from libortho.layer import OrthoLinear
@@ -27,19 +27,6 @@ from libortho.linear import install, is_conv1d
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -84,6 +71,7 @@ def prepare(model: PreTrainedModel, found: Verified, dtype: torch.dtype) -> None
     for name in found.manifest.layers:
         layers[name] = _empty_layer(name, found, None if as_saved else dtype)
         layers[name].report = reports.get(name)
+        layers[name].locked = found.locked
     install(model, layers)
     if as_saved:
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -109,6 +97,16 @@ def finish(model: PreTrainedModel, found: Verified, dtype: torch.dtype) -> None:
     Raises:
         CheckpointError: a stream's tensor was not loaded, or not as it was stored.
     """
+    if found.sealed and found.ortho is not None:
+        for name, kind in found.ortho.layers.items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, OrthoLinear)
+            parts = {
+                part: read_tensor(found.ortho_tensors[full])
+                for part, full in ortho_names(name, kind).items()
+            }
+            device = layer.base.qdata.device
+            layer.ortho = make_ortho(found.manifest.layers[name], kind, parts).to(device)
     for name, entry in {**found.base_tensors, **found.ortho_tensors}.items():
         owner, _, part = name.rpartition(".")
         if not owner.endswith((".base", ".ortho")):
@@ -140,7 +138,8 @@ def _empty_layer(name: str, found: Verified, dtype: torch.dtype | None) -> Ortho
     bias = base.get(f"{name}.bias")
     kind = None if found.ortho is None else found.ortho.layers.get(name)
     ortho = None
-    if kind is not None:
+    # The tensors of an encrypted stream are in no file that transformers could read: see `finish`.
+    if kind is not None and not found.sealed:
         names = ortho_names(name, kind)
         ortho = make_ortho(
             layer, kind, {part: _empty(found.ortho_tensors[full]) for part, full in names.items()}

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 from libortho.checkpoint.atomic import replacing
+from libortho.checkpoint.keys import OrthoKey
 from libortho.checkpoint.names import CONFIG, PRIVATE, PathLike, public_files
 from libortho.checkpoint.search import Found, Searched, search
 from libortho.checkpoint.verify import check_digest, read_base, verify_split
 from libortho.errors import CheckpointError
 
 
-def strip(folder: PathLike, out: PathLike) -> Searched:
+def strip(folder: PathLike, out: PathLike, *, key: OrthoKey | None = None) -> Searched:
     """Copy a split checkpoint without its ortho stream: a deployment that holds no memory.
 
     Only files that the format knows are copied (config, base, card, report, tokenizer), so that
@@ -23,6 +24,7 @@ def strip(folder: PathLike, out: PathLike) -> Searched:
     Args:
         folder: a split checkpoint, with or without its ortho files; verified first.
         out: as `folder` of `save_split`, and neither inside of the other.
+        key: as of `load_split`; an encrypted ortho stream is opened, to know what to look for.
 
     Returns:
         What was searched for and where. No tensor is sought where `folder` has no ortho stream.
@@ -31,6 +33,7 @@ def strip(folder: PathLike, out: PathLike) -> Searched:
         ValueError: `out` is `folder`, or holds it.
         CheckpointError: the checkpoint is damaged, or bytes of the ortho stream would be in the
             copy.
+        OrthoLocked: the ortho stream is encrypted, and there is no key.
         FileExistsError, OSError: as `save_split`.
     """
     folder, out = Path(folder), Path(out)
@@ -40,7 +43,7 @@ def strip(folder: PathLike, out: PathLike) -> Searched:
             f"out={str(out)!r} would replace or lie in {folder}, which holds the ortho stream: "
             "expected a folder apart from it"
         )
-    found = verify_split(folder)
+    found = verify_split(folder, key=key)
     files = public_files(folder)
     with replacing(out) as partial:
         for name in files:

@@ -13,17 +13,33 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError, deserialize, safe_open
+from torch import Tensor
 
 from libortho.errors import CheckpointError
 
 CHUNK = 2**20
 """Bytes read at a time: digests take no more memory than this a thread."""
 THREADS = min(4, os.cpu_count() or 1)
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' names of the dtypes that a checkpoint may hold."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,7 @@ class TensorEntry:
         dtype: as safetensors names it ("F32", "BF16", "I8", "U8").
         shape: its dimensions.
         start, stop: where its bytes lie in the file.
+        content: of an encrypted file, the file's content, in which they lie; in no repr.
     """
 
     file: Path
@@ -42,6 +59,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     stop: int
+    content: bytes | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -57,20 +75,34 @@ def opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
-def read_entries(path: Path) -> dict[str, TensorEntry]:
+def read_entries(path: Path, content: bytes | None = None) -> dict[str, TensorEntry]:
     """Every tensor of a file by name.
+
+    Args:
+        path: the file.
+        content: what it holds, where that is not what is on the disk (an encrypted file).
 
     Raises:
         CheckpointError: the file is truncated or not a safetensors file.
     """
-    with opened(path), path.open("rb") as file:  # the library has checked the header by now
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    # The header is read once the library has checked it.
+    if content is None:
+        with opened(path), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    else:
+        try:
+            deserialize(content)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: holds no safetensors file ({error})") from error
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
     header.pop("__metadata__", None)
     entries = {}
     for name, part in header.items():
         start, stop = (8 + length + offset for offset in part["data_offsets"])
-        entries[name] = TensorEntry(path, part["dtype"], tuple(part["shape"]), start, stop)
+        shape = tuple(part["shape"])
+        entries[name] = TensorEntry(path, part["dtype"], shape, start, stop, content)
     return entries
 
 
@@ -80,6 +112,9 @@ def chunks(entry: TensorEntry) -> Iterator[memoryview]:
     Raises:
         CheckpointError: the file has become shorter since its header was read.
     """
+    if entry.content is not None:
+        yield memoryview(entry.content)[entry.start : entry.stop]
+        return
     # One buffer for all: a new one each time costs more, in page faults, than the hash.
     left = entry.stop - entry.start
     buffer = memoryview(bytearray(min(left, CHUNK)))
@@ -91,6 +126,26 @@ def chunks(entry: TensorEntry) -> Iterator[memoryview]:
                 raise CheckpointError(f"{entry.file}: became shorter while it was read")
             left -= count
             yield buffer[:count]
+
+
+def read_bytes(entry: TensorEntry) -> bytearray:
+    """The bytes of one tensor, whole; raises as `chunks`."""
+    data = bytearray()
+    for part in chunks(entry):  # not join, which would hold every view of the one buffer
+        data += part
+    return data
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """A tensor of a file, in memory of its own, on the CPU.
+
+    Raises:
+        CheckpointError: as `chunks`.
+    """
+    data = read_bytes(entry)
+    dtype = DTYPES[entry.dtype]
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.reshape(entry.shape)
 
 
 def digest(entries: Mapping[str, TensorEntry]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from libortho.checkpoint.keys import OrthoKey, current_access, ortho_access
 from libortho.checkpoint.manifest import (
     Manifest,
     OrthoManifest,
@@ -13,8 +14,9 @@ from libortho.checkpoint.manifest import (
     read_manifest,
     read_ortho_manifest,
 )
-from libortho.checkpoint.names import CONFIG, ORTHO, ORTHO_CONFIG, PathLike, base_files
+from libortho.checkpoint.names import CONFIG, ORTHO_CONFIG, PathLike, base_files, ortho_file
 from libortho.checkpoint.schema import blame
+from libortho.checkpoint.sealed import unseal
 from libortho.checkpoint.streams import (
     check_base_layer,
     check_csr,
@@ -22,7 +24,7 @@ from libortho.checkpoint.streams import (
     ortho_names,
     streams_of,
 )
-from libortho.checkpoint.tensorfile import TensorEntry, digest, opened, read_entries
+from libortho.checkpoint.tensorfile import TensorEntry, digest, read_entries, read_tensor
 from libortho.errors import CheckpointError
 
 
@@ -33,8 +35,9 @@ class Verified:
     Attributes:
         folder: where it is.
         manifest: of its base.
-        ortho: of its ortho stream, None in a base-only deployment.
+        ortho: of its ortho stream, None in a base-only deployment, or where it was left alone.
         base_tensors, ortho_tensors: name -> what is stored of that name.
+        locked: there is an ortho stream, and it was left alone (`load_split(base_only=True)`).
     """
 
     folder: Path
@@ -42,19 +45,31 @@ class Verified:
     ortho: OrthoManifest | None
     base_tensors: dict[str, TensorEntry]
     ortho_tensors: dict[str, TensorEntry]
+    locked: bool = False
+
+    @property
+    def sealed(self) -> bool:
+        """The ortho stream is encrypted on the disk; its content is in `ortho_tensors`."""
+        return self.ortho is not None and self.ortho.encryption is not None
 
 
-def verify_split(folder: PathLike) -> Verified:
+def verify_split(folder: PathLike, *, key: OrthoKey | None = None) -> Verified:
     """Check a whole checkpoint, every byte of every tensor; builds nothing.
 
     Loading does the same but for the tensors of layers that are not split, which it would have to
     read twice. What only the model's class can tell, that these are the tensors that it needs, is
     checked when it is loaded.
 
+    Args:
+        folder: of the checkpoint.
+        key: as of `load_split`.
+
     Raises:
         CheckpointError: naming the file and what is wrong with it.
+        OrthoLocked: the ortho stream is encrypted, and there is no key.
     """
-    found = check_split(folder)
+    with ortho_access(key):
+        found = check_split(folder)
     says = found.folder / CONFIG
     check_digest(says, "base", found.manifest.base_sha256, found.base_tensors)
     return found
@@ -72,7 +87,10 @@ def check_split(folder: PathLike) -> Verified:
 
 
 def check_files(folder: Path, manifest: Manifest) -> Verified:
-    """Names, dtypes, shapes, the binding of ortho to base, and CSR indices; no digests."""
+    """Names, dtypes, shapes, the binding of ortho to base, and CSR indices; no digests.
+
+    An encrypted ortho stream is opened, with the key that holds here (`keys.current_access`).
+    """
     base = read_base(folder)
     for name, layer in manifest.layers.items():
         with blame(_file_of(name, base, folder)):
@@ -82,8 +100,15 @@ def check_files(folder: Path, manifest: Manifest) -> Verified:
             raise CheckpointError(
                 f"{folder / CONFIG}: tied.{name}={source!r}: expected the name of a stored tensor"
             )
+    access, path = current_access(), ortho_file(folder)
+    if path is None or access.base_only:
+        return Verified(folder, manifest, None, base, {}, locked=path is not None)
     ortho = read_ortho_manifest(folder, manifest)
-    entries = {} if ortho is None else _check_ortho(folder / ORTHO, manifest, ortho)
+    assert ortho is not None  # as there is a file
+    content = None
+    if ortho.encryption is not None:
+        content = unseal(path, access.find_key(), manifest.base_sha256)
+    entries = _check_ortho(path, content, manifest, ortho)
     return Verified(folder, manifest, ortho, base, entries)
 
 
@@ -120,18 +145,19 @@ def _file_of(layer: str, entries: Mapping[str, TensorEntry], folder: Path) -> Pa
     return next(files, folder / CONFIG)
 
 
-def _check_ortho(path: Path, manifest: Manifest, ortho: OrthoManifest) -> dict[str, TensorEntry]:
-    entries = read_entries(path)
+def _check_ortho(
+    path: Path, content: bytes | None, manifest: Manifest, ortho: OrthoManifest
+) -> dict[str, TensorEntry]:
+    entries = read_entries(path, content)
     with blame(path):
         layers = ortho.layers.items()
         _same_names(entries, [n for name, kind in layers for n in ortho_names(name, kind).values()])
         for name, kind in layers:
             check_ortho_layer(name, manifest.layers[name], kind, entries)
-        with opened(path) as file:
-            for name, kind in layers:
-                if kind == "sparse":
-                    crow, col = (file.get_tensor(f"{name}.ortho.{x}") for x in ("crow", "col"))
-                    check_csr(name, crow, col, manifest.layers[name].shape[1])
+        for name, kind in layers:
+            if kind == "sparse":
+                crow, col = (read_tensor(entries[f"{name}.ortho.{x}"]) for x in ("crow", "col"))
+                check_csr(name, crow, col, manifest.layers[name].shape[1])
     return entries
 
 

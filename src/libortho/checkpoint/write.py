@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,16 +12,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 import libortho
 from libortho.alpha import ortho_layers
 from libortho.checkpoint.atomic import replacing
 from libortho.checkpoint.card import card_text
+from libortho.checkpoint.keys import OrthoKey, current_access, ortho_access
 from libortho.checkpoint.manifest import (
     FORMAT_VERSION,
     QUANT_METHOD,
+    Encryption,
     FloatName,
     LayerEntry,
     Manifest,
@@ -35,11 +38,13 @@ from libortho.checkpoint.names import (
     GENERATION_CONFIG,
     ORTHO,
     ORTHO_CONFIG,
+    ORTHO_SEALED,
     PRIVATE,
     REPORT,
     PathLike,
 )
 from libortho.checkpoint.reports import report_text
+from libortho.checkpoint.sealed import CIPHER, seal
 from libortho.checkpoint.skeleton import build_skeleton, check_fit, computed_buffers
 from libortho.checkpoint.streams import ortho_names, storage_of, streams_of
 from libortho.checkpoint.tensorfile import digest, read_entries
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
 
 MAX_SHARD_SIZE = "50GB"
 """transformers' own default."""
+METADATA = {"format": "pt"}
 
 
 def save_split(
@@ -64,6 +70,7 @@ def save_split(
     base_model: str | None = None,
     forgotten: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    key: OrthoKey | None = None,
 ) -> None:
     """Save a split model as a folder of plain files (see the package's docstring), all or nothing.
 
@@ -80,11 +87,13 @@ def save_split(
         forgotten: for the model card, what was forgotten, in words fit for anyone who may read it.
             Nothing of the forget set is written unless it is said here.
         max_shard_size: of one file of the base, in bytes or like "5GB".
+        key: encrypt the ortho stream with it; by default the one in use (`ortho_access`, or that
+            of the environment), and where there is none the ortho stream is written plain.
 
     Raises:
         TypeError: not a transformers model, or not one that its config alone rebuilds.
-        ValueError: no split layer, tensors without data (meta device), or tensors that the
-            config's model does not have.
+        ValueError: no split layer, tensors without data (meta device), tensors that the config's
+            model does not have, or an ortho stream that was left locked when it was loaded.
         FileExistsError: `folder` holds something other than a split checkpoint.
         OSError: it cannot be written; the disk is full, for instance.
     """
@@ -94,7 +103,7 @@ def save_split(
     _check_reloads(model, config, layers, base, tied)
     report = report or libortho.separation_report(model)
     folder = Path(folder)
-    with replacing(folder) as partial:
+    with ortho_access(key), replacing(folder) as partial:
         _write_base(partial, base, max_shard_size)
         written = read_base(partial)
         manifest = Manifest(
@@ -110,7 +119,7 @@ def save_split(
         config.quantization_config = manifest.to_dict()
         config.save_pretrained(str(partial))
         if kinds:
-            _write_ortho(partial, model, kinds, manifest)
+            _write_ortho(partial, model, kinds, manifest, current_access().find_key())
         if report.layers:
             _write_text(partial / REPORT, report_text(report))
         _write_text(partial / CARD, card_text(config, report, base_model, forgotten))
@@ -139,6 +148,12 @@ def _layer_entries(
             "(unwrap it first)"
         )
     found = ortho_layers(model)
+    for name, layer in found.items():
+        if layer.ortho is None and layer.locked:
+            raise ValueError(
+                f"the ortho stream of {name} was left locked when the model was loaded: saving "
+                "would lose it; load it with its key, or make a base-only copy (`libortho strip`)"
+            )
     layers = {
         name: LayerEntry(shape=layer.base.shape, base=storage_of(layer.base, name))
         for name, layer in found.items()
@@ -232,7 +247,11 @@ def _write_base(partial: Path, tensors: Mapping[str, Tensor], max_shard_size: in
 
 
 def _write_ortho(
-    partial: Path, model: PreTrainedModel, kinds: Mapping[str, OrthoKind], manifest: Manifest
+    partial: Path,
+    model: PreTrainedModel,
+    kinds: Mapping[str, OrthoKind],
+    manifest: Manifest,
+    key: OrthoKey | None,
 ) -> None:
     """The ortho streams and their config, bound to their base."""
     tensors: dict[str, Tensor] = {}
@@ -241,22 +260,43 @@ def _write_ortho(
             tensor = getattr(model.get_submodule(name).ortho, part)
             # A copy each: the streams are tiny, and none may share memory with another.
             tensors[full] = tensor.detach().clone(memory_format=torch.contiguous_format)
-    _write_tensors(partial / ORTHO, tensors)
+    if key is None:
+        _write_tensors(partial / ORTHO, tensors)
+        entries = read_entries(partial / ORTHO)
+    else:
+        content = save({name: tensor.cpu() for name, tensor in tensors.items()}, METADATA)
+        write_private(partial / ORTHO_SEALED, seal(content, key, manifest.base_sha256))
+        entries = read_entries(partial / ORTHO_SEALED, content)
     ortho = OrthoManifest(
         quant_method=QUANT_METHOD,
         format_version=FORMAT_VERSION,
         libortho_version=libortho.__version__,
         base_sha256=manifest.base_sha256,
-        ortho_sha256=digest(read_entries(partial / ORTHO)),
+        ortho_sha256=digest(entries),
         layers=dict(kinds),
+        encryption=None if key is None else Encryption(CIPHER, key.id),
     )
-    _write_text(partial / ORTHO_CONFIG, json.dumps(ortho.to_dict(), indent=1) + "\n")
+    write_ortho_manifest(partial, ortho)
+
+
+def write_ortho_manifest(folder: Path, ortho: OrthoManifest) -> None:
+    """Write `ortho_config.json`, closed to all but its owner."""
+    text = json.dumps(ortho.to_dict(), indent=1) + "\n"
+    write_private(folder / ORTHO_CONFIG, text.encode())
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Make a file that was never open to others, whatever the umask."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+    with open(handle, "wb") as file:
+        file.write(data)
+    path.chmod(0o600)  # a umask may have taken bits away
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         plain = {name: tensor.cpu() for name, tensor in tensors.items()}
-        save_file(plain, str(path), metadata={"format": "pt"})
+        save_file(plain, str(path), metadata=METADATA)
     except SafetensorError as error:
         raise OSError(f"{path.name} cannot be written: {error}") from error
 

@@ -30,6 +30,7 @@ from libortho.cli.options import (
 from libortho.cli.serve import keys, serve, ui
 from libortho.cli.strip import strip
 from libortho.cli.tofu import tofu
+from libortho.cli.vault import encrypt, rotate_key, use_key_file
 from libortho.separate import SeparationConfig
 
 app = typer.Typer(
@@ -41,8 +42,11 @@ app = typer.Typer(
 )
 
 
+app.callback()(use_key_file)
 app.command()(tofu)
 app.command()(strip)
+app.command()(encrypt)
+app.command()(rotate_key)
 app.command()(serve)
 app.command()(ui)
 app.add_typer(keys, name="keys")

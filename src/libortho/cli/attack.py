@@ -69,7 +69,7 @@ def attack(
         from libortho.attacks.show import draw_attacks, print_attacks
         from libortho.attacks.suite import BASE, ORIGINAL, REFERENCE, Source, run_attacks
         from libortho.checkpoint import read_manifest
-        from libortho.checkpoint.names import ORTHO
+        from libortho.checkpoint.names import ortho_file
         from libortho.data.examples import read_jsonl
         from libortho.evaluation.finetuned import load_model, model_identity
         from libortho.evaluation.write import run_folder
@@ -80,8 +80,8 @@ def attack(
         if reference is not None:
             sources[REFERENCE] = Source(reference)
         manifest = read_manifest(folder)
-        if original and not (folder / ORTHO).exists():
-            console.print(f"{folder} has no {ORTHO}: alpha 1 is not attacked")
+        if original and ortho_file(folder) is None:
+            console.print(f"{folder} has no ortho stream: alpha 1 is not attacked")
         elif original:
             sources[ORIGINAL] = Source(str(folder), alpha=1.0)
         for name, place in _beside(beside or [], set(sources)).items():

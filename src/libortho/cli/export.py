@@ -85,7 +85,7 @@ def export(
         check_new(out)
         with progress_bars() as progress:
             progress(f"export to {to}", 0, 1)
-            model = load_split(folder)
+            model = load_split(folder, base_only=base_only)
             report = export_split(model, out, config, tokenizer=_tokenizer(folder))
             progress(f"export to {to}", 1, 1)
         write_json(json_file, report.to_dict())

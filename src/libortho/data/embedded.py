@@ -59,15 +59,16 @@ def _convert(gguf: Path, folder: Path) -> None:
             gguf_file=gguf.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
+            trust_remote_code=False,
         )
         # transformers would mark the copy as a quantised model; it is a dense one now.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]
         model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(
-            partial
-        )
+        AutoTokenizer.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False
+        ).save_pretrained(partial)
         try:
             partial.rename(folder)
         except OSError:

@@ -39,8 +39,9 @@ class OrthoModel:
 
         check_alpha(alpha)  # before anything is loaded
         register()
+        kwargs.pop("trust_remote_code", None)  # whatever a config of theirs says
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            pretrained_model_name_or_path, **kwargs
+            pretrained_model_name_or_path, trust_remote_code=False, **kwargs
         )
         set_alpha(model, alpha)
         return model

@@ -101,7 +101,7 @@ class OrthoQuantizer(HfQuantizer):
                 f"{self._found.folder}: config= is of another checkpoint than the folder's own"
             )
         prepare(model, self._found, self._dtype)
-        if self._found.ortho is not None:
+        if self._found.ortho is not None and not self._found.sealed:
             # transformers reads on from this very list.
             checkpoint_files.append(str(self._found.folder / ORTHO))
 

@@ -126,7 +126,7 @@ class Status:
     Attributes:
         ready: it takes requests.
         ortho: "present", "missing" or "unusable" (damaged, of another base, not readable, or its
-            adapter not loaded).
+            adapter not loaded), or "locked" (encrypted, and there is no key).
         max_alpha: the highest alpha that can be served now; 0 unless ortho is present.
         levels: the only alphas that can be served, where they are few; None is all up to the
             highest.
@@ -134,7 +134,7 @@ class Status:
     """
 
     ready: bool
-    ortho: Literal["present", "missing", "unusable"]
+    ortho: Literal["present", "missing", "unusable", "locked"]
     max_alpha: float
     levels: tuple[float, ...] | None = None
     waiting: int = 0

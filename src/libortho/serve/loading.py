@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +12,7 @@ import torch
 from libortho.alpha import ortho_layers
 from libortho.base import BaseStream
 from libortho.checkpoint import load_split, read_manifest
-from libortho.errors import LibOrthoError
+from libortho.errors import LibOrthoError, OrthoLocked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,17 +29,17 @@ class Loaded:
         tokenizer: the checkpoint's own.
         digest: SHA-256 of the base stream.
         ortho: "present" where every split layer has its ortho stream; "unusable" where the file is
-            there and cannot be trusted or read.
+            there and cannot be trusted or read; "locked" where it is encrypted and there is no key.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     digest: str
-    ortho: Literal["present", "missing", "unusable"]
+    ortho: Literal["present", "missing", "unusable", "locked"]
 
 
 def load_for_serving(folder: Path, dtype: torch.dtype | None = None, dense: bool = False) -> Loaded:
-    """Load a split checkpoint; one whose ortho file is damaged is loaded without it, and says so.
+    """Load a split checkpoint; one whose ortho file is damaged or locked is loaded without it.
 
     Args:
         folder: a split checkpoint.
@@ -55,16 +53,17 @@ def load_for_serving(folder: Path, dtype: torch.dtype | None = None, dense: bool
     """
     from transformers import AutoTokenizer
 
-    unusable = False
+    ortho: Literal["present", "missing", "unusable", "locked"] = "present"
     try:
         model = load_split(folder, dtype=dtype)
-    except LibOrthoError as error:
-        # If it is not the ortho file that is at fault, the same error comes again.
-        model = _load_without_ortho(folder, dtype)
-        unusable = True
+    except (LibOrthoError, ValueError, OSError) as error:
+        # If it is not the ortho file, or its key, that is at fault, the same error comes again.
+        model = load_split(folder, dtype=dtype, base_only=True)
+        ortho = "locked" if isinstance(error, OrthoLocked) else "unusable"
         log.error("the ortho stream cannot be used, only alpha 0 is served: %s", error)
-    layers = ortho_layers(model).values()
-    whole = all(layer.ortho is not None for layer in layers)
+    else:
+        if any(layer.ortho is None for layer in ortho_layers(model).values()):
+            ortho = "missing"
     if dense:
         unpack_bases(model)
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
@@ -72,7 +71,7 @@ def load_for_serving(folder: Path, dtype: torch.dtype | None = None, dense: bool
         model,
         tokenizer,
         read_manifest(folder).base_sha256,
-        "unusable" if unusable else "present" if whole else "missing",
+        ortho,
     )
 
 
@@ -82,15 +81,3 @@ def unpack_bases(model: PreTrainedModel) -> None:
     assert isinstance(weight, torch.Tensor)
     for layer in ortho_layers(model).values():
         layer.base = BaseStream(layer.base.dequantize(weight.dtype), None)
-
-
-def _load_without_ortho(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The base alone, from a view of the folder that lacks every ortho file."""
-    with tempfile.TemporaryDirectory(prefix="libortho-base-") as view:
-        for name in os.listdir(folder) if folder.is_dir() else ():
-            if not name.startswith("ortho"):
-                os.symlink((folder / name).resolve(), Path(view) / name)
-        try:
-            return load_split(view, dtype=dtype)
-        except LibOrthoError as error:
-            raise type(error)(str(error).replace(view, str(folder))) from None

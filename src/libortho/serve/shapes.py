@@ -223,7 +223,7 @@ class Health(BaseModel):
     """The response of /healthz and /readyz."""
 
     status: Literal["ok", "degraded", "unavailable"]
-    ortho: Literal["present", "missing", "unusable"]
+    ortho: Literal["present", "missing", "unusable", "locked"]
     max_alpha: float
     policy: Literal["ok", "stale"]
     audit: Literal["ok", "failing"]

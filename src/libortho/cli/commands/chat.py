@@ -32,7 +32,7 @@ def run_chat(
     torch.manual_seed(seed)
     checked = [check_alpha(a) for a in alphas]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = load_split(folder)
+    model = load_split(folder, base_only=all(alpha.is_zero for alpha in checked))
     for name, layer in ortho_layers(model).items():
         for alpha in checked:
             layer.require_ortho(alpha, name)

@@ -25,7 +25,8 @@ def run_evaluate(
     """Measure a split on a text at each of the comma-separated alphas."""
     torch.manual_seed(seed)
     alphas = parse_alphas(alpha)
+    model = load_split(folder, base_only=not any(alphas))
     with progress_bars() as progress:
-        result = evaluate_text(load_split(folder), folder, text, alphas, template, progress)
+        result = evaluate_text(model, folder, text, alphas, template, progress)
     write_json(json_file, result)
     print_evaluation(result, console)

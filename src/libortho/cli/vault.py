@@ -1,0 +1,78 @@
+"""`libortho encrypt`, `libortho rotate-key`, and the one option that says where the key is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from libortho.cli.console import console, reporting_errors
+
+Folder = Annotated[Path, typer.Argument(help="A split checkpoint.")]
+
+
+def use_key_file(
+    context: typer.Context,
+    ortho_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Key of encrypted ortho streams, for reading and writing: a file of 64 "
+            "hexadecimal digits (openssl rand -hex 32). Stands before the command. Or set "
+            "LIBORTHO_ORTHO_KEY_FILE, LIBORTHO_ORTHO_KEY (the digits) or "
+            "LIBORTHO_ORTHO_KEY_COMMAND (prints them)."
+        ),
+    ] = None,
+) -> None:
+    """Split a language model's memory from its ability, and switch the memory per request."""
+    if ortho_key_file is not None:
+        from libortho.checkpoint.keys import OrthoKey, ortho_access
+
+        # Read when it is needed, so that an error of it is reported as any other.
+        context.with_resource(ortho_access(lambda: OrthoKey.from_file(ortho_key_file)))
+
+
+def encrypt(
+    folder: Folder,
+    key_file: Annotated[
+        Path, typer.Option(help="64 hexadecimal digits (umask 077; openssl rand -hex 32 > FILE).")
+    ],
+) -> None:
+    """Encrypt the ortho stream of a split checkpoint where it stands (AES-256-GCM).
+
+    Without the key the folder runs at alpha 0 and no higher. A lost key is a lost ortho stream.
+    """
+    with reporting_errors():
+        from libortho.checkpoint import OrthoKey, encrypt_split
+        from libortho.checkpoint.names import ORTHO, ORTHO_SEALED
+
+        key = OrthoKey.from_file(key_file)
+        encrypt_split(folder, key)
+        console.print(
+            f"encrypted {folder / ORTHO_SEALED} with the key {key.id}\n"
+            f"{ORTHO} is deleted; what the disk, snapshots and backups keep of it is not",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def rotate_key(
+    folder: Folder,
+    new: Annotated[Path, typer.Option(help="File of the key that is to open it.")],
+    old: Annotated[
+        Path | None,
+        typer.Option(help="File of the key that opens it now; default: the key in use."),
+    ] = None,
+) -> None:
+    """Give an encrypted ortho stream another key; the old one opens this folder no more.
+
+    Only the header is written anew. If the old key has leaked together with a copy of the file, the
+    memory has leaked: nothing here can take that back.
+    """
+    with reporting_errors():
+        from libortho.checkpoint import OrthoKey
+        from libortho.checkpoint import rotate_key as rotate
+
+        key = OrthoKey.from_file(new)
+        rotate(folder, key, old=None if old is None else OrthoKey.from_file(old))
+        console.print(f"{folder} opens with the key {key.id} now", highlight=False, soft_wrap=True)
