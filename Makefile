@@ -112,9 +112,9 @@ attack: dev      ## try to get back what the demo forgets, beside the retrained 
 fuzz: dev        ## 10,000 changed checkpoint files through the loader: an error of ours, or a right load
 	LIBORTHO_FUZZ=10000 $(BIN)/pytest -s tests/faults/test_mutations.py
 
-soak: dev        ## 10,000 generate calls, 64 threads for a minute, 500 saves by two processes
-	LIBORTHO_SOAK=10000 LIBORTHO_THREAD_SECONDS=60 LIBORTHO_WRITES=500 \
-		$(BIN)/pytest -s tests/faults/test_threads.py tests/faults/test_resources.py
+soak: dev        ## 10,000 generate calls, 64 threads for a minute, two writers, 1,000 kills
+	LIBORTHO_SOAK=10000 LIBORTHO_THREAD_SECONDS=60 LIBORTHO_WRITES=500 LIBORTHO_KILLS=1000 \
+		$(BIN)/pytest -s tests/faults/test_threads.py tests/faults/test_resources.py tests/faults/test_kill.py
 
 $(AUDIT_STAMP): requirements-audit.lock
 	$(PYTHON) -m venv $(AUDIT)
