@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,8 @@ def save_split(
     base_model: str | None = None,
     forgotten: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    stored: Mapping[str, Tensor] | None = None,
+    partial: Path | None = None,
 ) -> None:
     """Save a split model as a folder of plain files (see the package's docstring), all or nothing.
 
@@ -80,22 +82,26 @@ def save_split(
         forgotten: for the model card, what was forgotten, in words fit for anyone who may read it.
             Nothing of the forget set is written unless it is said here.
         max_shard_size: of one file of the base, in bytes or like "5GB".
+        stored: where the model's tensors are that have no data of their own (meta device), by name.
+            Each is asked for when it is written, so that no more than one file's are in memory.
+        partial: where the folder is made before it takes its place; see `replacing`.
 
     Raises:
         TypeError: not a transformers model, or not one that its config alone rebuilds.
-        ValueError: no split layer, tensors without data (meta device), or tensors that the
-            config's model does not have.
+        ValueError: no split layer, tensors without data (meta device) that `stored` lacks, or
+            tensors that the config's model does not have.
         FileExistsError: `folder` holds something other than a split checkpoint.
         OSError: it cannot be written; the disk is full, for instance.
     """
+    stored = {} if stored is None else stored
     layers, kinds = _layer_entries(model)
-    base, tied = _base_tensors(model)
+    base, tied = _base_tensors(model, stored)
     config = _config_of(model, tied)
     _check_reloads(model, config, layers, base, tied)
     report = report or libortho.separation_report(model)
     folder = Path(folder)
-    with replacing(folder) as partial:
-        _write_base(partial, base, max_shard_size)
+    with replacing(folder, partial) as partial:
+        _write_base(partial, base, stored, max_shard_size)
         written = read_base(partial)
         manifest = Manifest(
             quant_method=QUANT_METHOD,
@@ -110,7 +116,7 @@ def save_split(
         config.quantization_config = manifest.to_dict()
         config.save_pretrained(str(partial))
         if kinds:
-            _write_ortho(partial, model, kinds, manifest)
+            _write_ortho(partial, model, kinds, stored, manifest)
         if report.layers:
             _write_text(partial / REPORT, report_text(report))
         _write_text(partial / CARD, card_text(config, report, base_model, forgotten))
@@ -157,7 +163,9 @@ def _config_of(model: PreTrainedModel, tied: Mapping[str, str]) -> PreTrainedCon
     return config
 
 
-def _base_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _base_tensors(
+    model: PreTrainedModel, stored: Container[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor but the ortho streams, once each, and name -> name of those that are shared."""
     modules = model.named_modules(remove_duplicate=False)
     ortho = tuple(f"{name}.ortho." for name, m in modules if isinstance(m, OrthoLinear))
@@ -168,14 +176,18 @@ def _base_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, 
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.startswith(ortho):
             continue
-        if not isinstance(tensor, Tensor) or tensor.is_meta:
-            what = "has no data (meta device)" if isinstance(tensor, Tensor) else "is no tensor"
-            raise ValueError(f"{name} {what}: only a whole model can be saved")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is no tensor: only a whole model can be saved")
         place = _place_of(tensor)
         if place in seen and isinstance(tensor, nn.Parameter):
             tied[name] = seen[place]
             continue
+        if tensor.is_meta and name not in stored:
+            raise ValueError(f"{name} has no data (meta device): only a whole model can be saved")
         seen[place] = name
+        if tensor.is_meta:
+            tensors[name] = tensor
+            continue
         plain = tensor.detach().contiguous()
         storage = plain.untyped_storage().data_ptr()
         # Two views of one storage are two tensors here; safetensors refuses them unless copied.
@@ -185,7 +197,7 @@ def _base_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _place_of(tensor: Tensor) -> object:
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.is_meta:
         return id(tensor)
     layout = (tensor.dtype, tuple(tensor.shape), tensor.stride())
     return (tensor.device, tensor.data_ptr(), layout)
@@ -217,7 +229,12 @@ def _buffer_dtypes(model: PreTrainedModel) -> dict[str, FloatName]:
     }
 
 
-def _write_base(partial: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
+def _write_base(
+    partial: Path,
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    max_shard_size: int | str,
+) -> None:
     """The base in one file, or in shards with their index, named as transformers does."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -225,14 +242,18 @@ def _write_base(partial: Path, tensors: Mapping[str, Tensor], max_shard_size: in
         dict(tensors), filename_pattern=BASE_PATTERN, max_shard_size=max_shard_size
     )
     for name, held in plan.filename_to_tensors.items():
-        _write_tensors(partial / name, {tensor: tensors[tensor] for tensor in held})
+        _write_tensors(partial / name, {tensor: tensors[tensor] for tensor in held}, stored)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_text(partial / BASE_INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
 def _write_ortho(
-    partial: Path, model: PreTrainedModel, kinds: Mapping[str, OrthoKind], manifest: Manifest
+    partial: Path,
+    model: PreTrainedModel,
+    kinds: Mapping[str, OrthoKind],
+    stored: Mapping[str, Tensor],
+    manifest: Manifest,
 ) -> None:
     """The ortho streams and their config, bound to their base."""
     tensors: dict[str, Tensor] = {}
@@ -241,7 +262,7 @@ def _write_ortho(
             tensor = getattr(model.get_submodule(name).ortho, part)
             # A copy each: the streams are tiny, and none may share memory with another.
             tensors[full] = tensor.detach().clone(memory_format=torch.contiguous_format)
-    _write_tensors(partial / ORTHO, tensors)
+    _write_tensors(partial / ORTHO, tensors, stored)
     ortho = OrthoManifest(
         quant_method=QUANT_METHOD,
         format_version=FORMAT_VERSION,
@@ -253,9 +274,12 @@ def _write_ortho(
     _write_text(partial / ORTHO_CONFIG, json.dumps(ortho.to_dict(), indent=1) + "\n")
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     try:
-        plain = {name: tensor.cpu() for name, tensor in tensors.items()}
+        plain = {
+            name: stored[name] if tensor.is_meta else tensor.cpu()
+            for name, tensor in tensors.items()
+        }
         save_file(plain, str(path), metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path.name} cannot be written: {error}") from error

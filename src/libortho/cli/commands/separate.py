@@ -11,7 +11,36 @@ from libortho.checkpoint import check_writable, save_split
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
 from libortho.data.examples import read_jsonl
 from libortho.evaluation.finetuned import load_model
+from libortho.report import SeparationReport
 from libortho.separate import SeparationConfig, check_forget, separate_
+from libortho.streaming import check_streamed, separate_streamed
+from libortho.workers import Workers
+
+
+def run_streamed(
+    model: str,
+    config: SeparationConfig,
+    *,
+    out: Path,
+    forgotten: str | None,
+    json_file: Path | None,
+    workers: Workers | None,
+) -> None:
+    """Split a model layer by layer, from disk to disk, and say what it came to."""
+    check_streamed(config)
+    check_writable(out)
+    with progress_bars() as progress:
+        report = separate_streamed(
+            model,
+            out,
+            config,
+            tokenizer=AutoTokenizer.from_pretrained(model, trust_remote_code=False),
+            base_model=None if Path(model).exists() else model,
+            forgotten=forgotten,
+            progress=progress,
+            workers=workers,
+        )
+    _tell(report, out, json_file)
 
 
 def run_separate(
@@ -54,8 +83,12 @@ def run_separate(
         base_model=None if Path(model).exists() else model,
         forgotten=forgotten,
     )
+    _tell(report, out, json_file)
+    if report.reached is False:
+        raise typer.Exit(EXIT_NOT_FORGOTTEN)
+
+
+def _tell(report: SeparationReport, out: Path, json_file: Path | None) -> None:
     write_json(json_file, report.to_dict())
     console.print(str(report), highlight=False, soft_wrap=True)
     console.print(f"\nsplit   {out}")
-    if report.reached is False:
-        raise typer.Exit(EXIT_NOT_FORGOTTEN)
