@@ -13,7 +13,7 @@ VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-p
 
 .DEFAULT_GOAL := help
 .PHONY: help install native dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation \
-        bench-checkpoint bench-serving crosstalk schemathesis attack test-vllm clean
+        bench-checkpoint bench-streaming bench-serving crosstalk schemathesis attack test-vllm clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ bench-quantisation: dev ## what each way of storing the base costs (TEXT=a plain
 
 bench-checkpoint: dev ## size, load time and memory of a split checkpoint (SPLIT=, MODEL=)
 	$(BIN)/python benchmarks/checkpoint.py --split $(SPLIT) --model $(MODEL)
+
+bench-streaming: dev ## split a model larger than memory, kill it, go on (18 GB of disk)
+	$(BIN)/python benchmarks/streaming.py
 
 bench-serving: dev ## requests a second beside plain transformers (SPLIT=a split, MODEL=its original)
 	$(BIN)/python benchmarks/serving.py $(SPLIT) --original $(MODEL)

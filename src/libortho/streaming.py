@@ -36,7 +36,7 @@ from libortho.workers import Piece, ThisProcess, Workers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHARD_SIZE = "1GB"
+SHARD_SIZE = "500MB"
 """Of one file of the base, which is how much is held at most while the checkpoint is assembled."""
 
 NOT_RUN = (
