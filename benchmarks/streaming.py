@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from libortho.checkpoint import verify_split
 from libortho.evaluation.tofu import versions
 from libortho.files import write_json
-from libortho.streaming import memory_of
+from libortho.solvers.spectral import spectral_memory
 
 HIDDEN, INNER, VOCABULARY = 1024, 16384, 32000
 LEAST_RATIO = 3.0
@@ -165,7 +165,7 @@ def main() -> int:
         ]
         found = verify_split(work / "out")
         written = sum(path.stat().st_size for path in (work / "out").glob("*.safetensors"))
-    need, peak = memory_of((HIDDEN, INNER)), max(run.peak for run in runs)
+    need, peak = spectral_memory((HIDDEN, INNER)), max(run.peak for run in runs)
     done = sum(run.layers for run in runs)
     bars = {
         "checkpoint / limit, at least": (size / limit, LEAST_RATIO),

@@ -31,6 +31,7 @@ from libortho.report import SeparationReport, measure_layer
 from libortho.separate import SeparationConfig
 from libortho.solvers import SOLVERS
 from libortho.solvers.problem import Journal, LayerSolver, Progress, timed
+from libortho.solvers.spectral import spectral_memory
 from libortho.workers import Piece, ThisProcess, Workers
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def separate_streamed(
             name: Piece(
                 split_one,
                 (source, name, method_of(config.method), solvers[name]),
-                memory_of(shapes[name]),
+                spectral_memory(shapes[name]),
             )
             for name in layers
             if name not in parts.reports
@@ -160,15 +161,6 @@ def split_one(source: ModelOnDisk, name: str, method: str, solve: LayerSolver) -
     with source.linear(name) as (weight, bias):
         split = timed(solve, weight)
         return LayerPart.of(split, bias, measure_layer(name, method, weight, split))
-
-
-def memory_of(shape: tuple[int, int]) -> int:
-    """Bytes that the split of a layer (out_features, in_features) takes, about (an upper bound).
-
-    Eight fp32 copies (weight, low-rank part, dequantised base, residual, its score and their
-    temporaries) and four fp32 squares of the shorter side (Gram matrix, eigenvectors, workspace).
-    """
-    return 32 * shape[0] * shape[1] + 16 * min(shape) ** 2
 
 
 def _shape(shape: tuple[int, int] | None) -> tuple[int, int]:

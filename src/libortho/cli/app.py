@@ -97,6 +97,13 @@ def separate(
             "it was if killed. For --method spectral, which looks at weights alone.",
         ),
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster that does what is independent: statistics of texts, "
+            "layers. Every machine of it must find MODEL under the same name."
+        ),
+    ] = None,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
@@ -125,7 +132,7 @@ def separate(
                 out=out,
                 forgotten=forgotten,
                 json_file=json_file,
-                workers=None,
+                ray=ray,
             )
             return
         if retain is None:
@@ -140,6 +147,7 @@ def separate(
             out=out,
             forgotten=forgotten,
             json_file=json_file,
+            ray=ray,
         )
 
 

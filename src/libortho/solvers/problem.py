@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from libortho.data.tokens import Tokens
 from libortho.goal import Goal
 from libortho.report import LayerSpectrum, Split
+from libortho.workers import ThisProcess, Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,6 +77,7 @@ class Problem:
             none.
         goal: how far to forget and what to say instead; None for a method without an aim.
         journal: where the solver tells of its progress.
+        workers: who does what is independent layer by layer, or text by text.
     """
 
     model: PreTrainedModel
@@ -86,6 +88,7 @@ class Problem:
     general: list[Tokens]
     goal: Goal | None
     journal: Journal
+    workers: Workers = field(default_factory=ThisProcess)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
