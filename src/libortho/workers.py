@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -88,7 +89,8 @@ def moments_apart(
     """
     index = [batch.index for batch in batches(items)]
     step = -(-len(index) // SHARDS)
-    shards = [sum(index[i : i + step], []) for i in range(0, len(index), step)]
+    starts = range(0, len(index), step)
+    shards = [list(chain.from_iterable(index[i : i + step])) for i in starts]
     # The sums of positions >= 1 and of position 0, and a batch's activations beside the model.
     memory = model_bytes + 12 * sum(width * width for width in widths.values()) + 2**28
     pieces = {

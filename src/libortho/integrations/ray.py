@@ -15,7 +15,7 @@ import torch
 from libortho.workers import Piece
 
 RETRIES = 5
-"""Times that a piece is begun again when its worker is lost (out of memory, or its machine gone)."""
+"""Times that a piece is begun again when its worker is lost (memory full, or its machine gone)."""
 
 AHEAD = 2
 """Pieces handed out at one time, in multiples of the pieces that the cluster's cores can do."""
