@@ -13,7 +13,7 @@ VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-p
 
 .DEFAULT_GOAL := help
 .PHONY: help install native dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation \
-        bench-checkpoint bench-streaming bench-serving crosstalk schemathesis attack test-vllm clean
+        bench-checkpoint bench-streaming bench-scaling bench-serving crosstalk schemathesis attack test-vllm clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ bench-checkpoint: dev ## size, load time and memory of a split checkpoint (SPLIT
 
 bench-streaming: dev ## split a model larger than memory, kill it, go on (18 GB of disk)
 	$(BIN)/python benchmarks/streaming.py
+
+bench-scaling: dev ## Ray on one and two workers, and larger models on paper
+	$(BIN)/python benchmarks/scaling.py --cluster
 
 bench-serving: dev ## requests a second beside plain transformers (SPLIT=a split, MODEL=its original)
 	$(BIN)/python benchmarks/serving.py $(SPLIT) --original $(MODEL)
