@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from libortho import GeometricConfig, SeparationConfig, SpectralConfig, separate_
+from libortho import (
+    CurvatureConfig,
+    GeometricConfig,
+    SaliencyConfig,
+    SeparationConfig,
+    SpectralConfig,
+    separate_,
+)
 from libortho.calibration import second_moments
 from libortho.checkpoint import save_split
 from libortho.data.tokens import Tokens, batches
@@ -99,6 +106,12 @@ def test_neither_order_nor_process_changes_a_bit(
     assert files(tmp_path / "forwards") == files(tmp_path / "backwards")
 
 
+@pytest.mark.parametrize("method", [SaliencyConfig(), CurvatureConfig()])
+def test_methods_with_nothing_to_share(model: Path, tmp_path: Path, random_tokens, method) -> None:
+    with pytest.raises(ValueError, match="nothing to hand to workers.* 'geometric', 'spectral'"):
+        split(model, tmp_path / "out", ThisProcess(), method, text(random_tokens, 5))
+
+
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'libortho\[scale\]'"):
@@ -116,17 +129,26 @@ def cluster() -> Iterator[str]:
     os.environ |= {
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "120",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 * 2**20,
-        _memory=4 * 2**30,
-        logging_level="error",
-        log_to_driver=False,
-    )
+    # A worker cannot import this module, which pytest has loaded under a name of its own.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[dying_once.__module__])
+    for attempt in range(3):
+        try:
+            ray.init(
+                num_cpus=2,
+                include_dashboard=False,
+                object_store_memory=100 * 2**20,
+                _memory=4 * 2**30,
+                logging_level="error",
+                log_to_driver=False,
+            )
+            break
+        except Exception as error:
+            # On a machine that is busy Ray's own 30 seconds may not do, above all the first time.
+            ray.shutdown()
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
@@ -140,20 +162,19 @@ def dying_once(mark: Path, function: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 class Fatal:
-    """Workers of which one is killed in the middle of each set of pieces."""
+    """Workers of which one is killed in the middle of the first set of pieces."""
 
-    def __init__(self, workers: RayWorkers, folder: Path) -> None:
-        self._workers, self._folder, self.model = workers, folder, workers.model
-        self.kills = 0
+    def __init__(self, workers: RayWorkers, mark: Path) -> None:
+        self._workers, self._mark, self.model = workers, mark, workers.model
+        self.calls = 0
 
     def each(self, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Any]]:
-        mark = self._folder / f"killed-{self.kills}"
-        self.kills += 1
+        self.calls += 1
         middle = list(pieces)[len(pieces) // 2]
         victim = pieces[middle]
-        again = Piece(dying_once, (mark, victim.function, victim.arguments), victim.memory)
-        yield from self._workers.each({**pieces, middle: again})
-        assert mark.exists()
+        again = Piece(dying_once, (self._mark, victim.function, victim.arguments), victim.memory)
+        yield from self._workers.each({**pieces, middle: again} if self.calls == 1 else pieces)
+        assert self._mark.exists()
 
 
 def test_a_killed_worker_changes_no_bit(
@@ -162,9 +183,10 @@ def test_a_killed_worker_changes_no_bit(
     items = text(random_tokens, 40)
     how = SeparationConfig(SpectralConfig(ortho_ratio=0.05), target_modules=TARGETS)
     with RayWorkers(cluster, str(model)) as workers:
-        fatal = Fatal(workers, tmp_path)
+        fatal = Fatal(workers, tmp_path / "killed-in-statistics")
         split(model, tmp_path / "killed", fatal, PROJECTION, items)
-        assert fatal.kills == 4  # statistics of two sets, factors, quantisation
+        assert fatal.calls == 4  # statistics of two sets, factors, quantisation
+        fatal = Fatal(workers, tmp_path / "killed-in-layers")
         separate_streamed(str(model), tmp_path / "streamed-killed", how, workers=fatal)
         with pytest.raises(ValueError, match=r"huge needs about 1024.00 GiB, and no machine"):
             list(workers.each({"huge": Piece(abs, (1,), 2**40)}))

@@ -123,6 +123,12 @@ def separate_(
     elif not isinstance(config, SeparationConfig):
         config = SeparationConfig(method=config)
     solver = SOLVERS[type(config.method)]
+    if workers is not None and not solver.shares:
+        able = [repr(method) for method, kind in METHODS.items() if SOLVERS[kind].shares]
+        raise ValueError(
+            f"method {method_of(config.method)!r} needs gradients of the whole model at every step "
+            "and has nothing to hand to workers; methods that have: " + ", ".join(able)
+        )
     journal = Journal(progress)
     layers = select_linear(model, config.target_modules)
     linears = {name: read_linear(layer, name) for name, layer in layers.items()}

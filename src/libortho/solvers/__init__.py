@@ -34,6 +34,7 @@ class Solver:
             model stay as they are.
         general: it looks at general text beside the retain set.
         forget_optional: it does without a forget set.
+        shares: it hands independent work to a problem's workers.
         by_layer: (the method's config, module names) -> what splits each of them from its weight
             alone; None for a method that has to run the model.
     """
@@ -41,12 +42,13 @@ class Solver:
     solve: Callable[[Problem, Any], dict[str, Split]]
     general: bool = True
     forget_optional: bool = False
+    shares: bool = False
     by_layer: Callable[[Any, Sequence[str]], dict[str, LayerSolver]] | None = None
 
 
 SOLVERS: dict[type, Solver] = {
-    GeometricConfig: Solver(solve_geometric),
+    GeometricConfig: Solver(solve_geometric, shares=True),
     SaliencyConfig: Solver(solve_saliency),
     CurvatureConfig: Solver(solve_curvature, forget_optional=True),
-    SpectralConfig: Solver(solve_spectral, general=False, by_layer=spectral_layers),
+    SpectralConfig: Solver(solve_spectral, general=False, shares=True, by_layer=spectral_layers),
 }
