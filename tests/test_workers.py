@@ -108,7 +108,7 @@ def test_neither_order_nor_process_changes_a_bit(
 
 @pytest.mark.parametrize("method", [SaliencyConfig(), CurvatureConfig()])
 def test_methods_with_nothing_to_share(model: Path, tmp_path: Path, random_tokens, method) -> None:
-    with pytest.raises(ValueError, match="nothing to hand to workers.* 'geometric', 'spectral'"):
+    with pytest.raises(ValueError, match=r"nothing to hand to workers.* 'geometric', 'spectral'"):
         split(model, tmp_path / "out", ThisProcess(), method, text(random_tokens, 5))
 
 

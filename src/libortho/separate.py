@@ -124,7 +124,7 @@ def separate_(
         config = SeparationConfig(method=config)
     solver = SOLVERS[type(config.method)]
     if workers is not None and not solver.shares:
-        able = [repr(method) for method, kind in METHODS.items() if SOLVERS[kind].shares]
+        able = [repr(method) for method in sorted(METHODS) if SOLVERS[METHODS[method]].shares]
         raise ValueError(
             f"method {method_of(config.method)!r} needs gradients of the whole model at every step "
             "and has nothing to hand to workers; methods that have: " + ", ".join(able)
