@@ -7,16 +7,17 @@ them for one layer, or for one tensor.
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from libortho.checkpoint.tensorfile import read_entries, read_tensor
 from libortho.linear import read_linear
 
 if TYPE_CHECKING:
@@ -61,31 +62,34 @@ class ModelOnDisk:
             .eval()
             .requires_grad_(False)
         )
-        self._stored = _stored_weights(self.model)
-        self.weights: Mapping[str, Tensor] = _Aliased(self.model, self._stored)
+        self._index = _index_of(self.model)
+        self.weights: Mapping[str, Tensor] = _Weights(self.model, self._index)
 
     def __reduce__(self) -> tuple[Callable[[str], ModelOnDisk], tuple[str]]:
         return _opened, (self.name,)
 
-    @contextmanager
-    def linear(self, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Weight (out_features, in_features) and bias of a linear layer, within the block.
+    def linear(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight (out_features, in_features) and bias of a linear layer, read from disk.
 
         Raises:
             TypeError, ValueError: as `read_linear`.
         """
-        from accelerate.utils import align_module_device
+        module = copy.copy(self.model.get_submodule(name))
+        module._parameters = {
+            part: None if parameter is None else self._read(f"{name}.{part}")
+            for part, parameter in module._parameters.items()
+        }
+        return read_linear(module, name)
 
-        module: nn.Module = self.model.get_submodule(name)
-        with align_module_device(module):
-            yield read_linear(module, name)
+    def _read(self, name: str) -> nn.Parameter:
+        return nn.Parameter(self.weights[name], requires_grad=False)
 
     def files(self) -> list[list[Any]]:
         """[name, bytes, time] of each file that the weights are in, sorted: which model it is.
 
         Files made by a conversion are left out; what they were made of is in the list.
         """
-        paths = {Path(info["safetensors_file"]) for info in self._stored.index.values()}
+        paths = {Path(info["safetensors_file"]) for info in self._index.values()}
         found = sorted(p for p in paths if not p.is_relative_to(self._converted.name))
         return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in found]
 
@@ -95,34 +99,42 @@ def _opened(name: str) -> ModelOnDisk:
     return ModelOnDisk(name)
 
 
-def _stored_weights(model: nn.Module) -> Any:
+def _index_of(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Parameter name -> its "safetensors_file", "weight_name" in it and "dtype" in the model."""
     for module in model.modules():
         held = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if held is not None:
-            return held.dataset
+            index: dict[str, dict[str, str]] = held.dataset.index
+            return index
     raise ValueError(f"{type(model).__name__} has no weight on disk: expected all of them there")
 
 
-class _Aliased(Mapping[str, Tensor]):
-    """Tensors by any of the names of the parameter that they are of."""
+class _Weights(Mapping[str, Tensor]):
+    """Parameters under all of their names, each read when it is asked for."""
 
-    def __init__(self, model: nn.Module, stored: Mapping[str, Tensor]) -> None:
-        self._stored = stored
-        kept: dict[int, str] = {}
+    def __init__(self, model: nn.Module, index: Mapping[str, Mapping[str, str]]) -> None:
+        files = {info["safetensors_file"] for info in index.values()}
+        entries = {file: read_entries(Path(file)) for file in files}
+        stored = {
+            name: (
+                entries[info["safetensors_file"]][info.get("weight_name", name)],
+                getattr(torch, info["dtype"]),
+            )
+            for name, info in index.items()
+        }
         names = dict(model.named_parameters(remove_duplicate=False))
+        kept = {id(parameter): stored[name] for name, parameter in names.items() if name in stored}
         for name, parameter in names.items():
-            if name in stored:
-                kept.setdefault(id(parameter), name)
-        lost = [name for name, parameter in names.items() if id(parameter) not in kept]
-        if lost:
-            raise ValueError(f"{lost[0]} is not on disk: expected every weight there")
-        self._names = {name: kept[id(parameter)] for name, parameter in names.items()}
+            if id(parameter) not in kept:
+                raise ValueError(f"{name} is not on disk: expected every weight there")
+        self._stored = {name: kept[id(parameter)] for name, parameter in names.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._stored[self._names[name]]
+        entry, dtype = self._stored[name]
+        return read_tensor(entry).to(dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._stored)

@@ -158,9 +158,9 @@ def streamed_methods() -> list[str]:
 
 def split_one(source: ModelOnDisk, name: str, method: str, solve: LayerSolver) -> LayerPart:
     """Read one layer, split it, and measure the split."""
-    with source.linear(name) as (weight, bias):
-        split = timed(solve, weight)
-        return LayerPart.of(split, bias, measure_layer(name, method, weight, split))
+    weight, bias = source.linear(name)
+    split = timed(solve, weight)
+    return LayerPart.of(split, bias, measure_layer(name, method, weight, split))
 
 
 def _shape(shape: tuple[int, int] | None) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from libortho.checkpoint.manifest import LayerEntry
 from libortho.checkpoint.schema import blame, decode, read_object
 from libortho.checkpoint.skeleton import empty_layer
 from libortho.checkpoint.streams import base_names, ortho_names, storage_of
-from libortho.checkpoint.tensorfile import TensorEntry, opened, read_entries
+from libortho.checkpoint.tensorfile import TensorEntry, opened, read_entries, read_tensor
 from libortho.files import write_json
 from libortho.layer import OrthoLinear
 from libortho.report import LayerReport, Split
@@ -131,9 +131,7 @@ class Parts(Mapping[str, Tensor]):
         return made
 
     def __getitem__(self, name: str) -> Tensor:
-        with opened(self._entries[name].file) as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        return read_tensor(self._entries[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -19,7 +19,7 @@ from libortho.checkpoint.names import CONFIG
 from libortho.checkpoint.reports import read_reports
 from libortho.checkpoint.schema import blame, read_object
 from libortho.checkpoint.streams import base_names, make_base, make_ortho, ortho_names
-from libortho.checkpoint.tensorfile import TensorEntry
+from libortho.checkpoint.tensorfile import DTYPES, TensorEntry
 from libortho.checkpoint.verify import Verified
 from libortho.errors import CheckpointError
 from libortho.layer import OrthoLinear
@@ -27,19 +27,6 @@ from libortho.linear import install, is_conv1d
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:

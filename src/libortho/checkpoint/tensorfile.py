@@ -1,7 +1,7 @@
 """safetensors files seen from outside: what is in them, and where each tensor's bytes lie.
 
-The safetensors library checks a file and hands out tensors; digests and the search of `strip` need
-the bytes themselves. A file is eight bytes (the header's length, little-endian), a JSON header with
+The safetensors library checks a file and hands out tensors; digests, the search of `strip` and
+the split of a model larger than memory need the bytes themselves. A file is eight bytes (the header's length, little-endian), a JSON header with
 each tensor's dtype, shape and offsets, and the data that the offsets count from.
 """
 
@@ -17,9 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from libortho.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""torch's dtypes by the names that safetensors has for them."""
 
 CHUNK = 2**20
 """Bytes read at a time: digests take no more memory than this a thread."""
@@ -48,10 +64,10 @@ class TensorEntry:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
     """A safetensors file, open for reading; CheckpointError where it is none."""
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(path), framework=framework) as file:
             yield file
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
@@ -63,7 +79,8 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: the file is truncated or not a safetensors file.
     """
-    with opened(path), path.open("rb") as file:  # the library has checked the header by now
+    # For torch the library maps the whole file as private data, which a limit on memory counts.
+    with opened(path, "numpy"), path.open("rb") as file:  # it has checked the header by now
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
@@ -91,6 +108,22 @@ def chunks(entry: TensorEntry) -> Iterator[memoryview]:
                 raise CheckpointError(f"{entry.file}: became shorter while it was read")
             left -= count
             yield buffer[:count]
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """One tensor, in memory of its own: nothing else of the file is read or mapped.
+
+    Raises:
+        CheckpointError: a dtype that this package does not know, or the file has become shorter.
+    """
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{entry.file}: dtype {entry.dtype}: expected {', '.join(DTYPES)}")
+    data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    done = 0
+    for chunk in chunks(entry):
+        data[done : done + len(chunk)] = torch.frombuffer(chunk, dtype=torch.uint8)
+        done += len(chunk)
+    return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def digest(entries: Mapping[str, TensorEntry]) -> str:
