@@ -1,8 +1,9 @@
 """safetensors files seen from outside: what is in them, and where each tensor's bytes lie.
 
-The safetensors library checks a file and hands out tensors; digests, the search of `strip` and
-the split of a model larger than memory need the bytes themselves. A file is eight bytes (the header's length, little-endian), a JSON header with
-each tensor's dtype, shape and offsets, and the data that the offsets count from.
+The safetensors library checks a file and hands out tensors; digests, the search of `strip` and the
+split of a model larger than memory need the bytes themselves. A file is eight bytes (the header's
+length, little-endian), a JSON header with each tensor's dtype, shape and offsets, and the data that
+the offsets count from.
 """
 
 from __future__ import annotations
