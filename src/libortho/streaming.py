@@ -114,7 +114,7 @@ def separate_streamed(
         for _, part in (workers or ThisProcess()).each(pieces):
             parts.add(part)
             journal.tell("split layers", len(parts.reports), len(layers))
-    install(source.model, parts.layers(list(layers)))
+    install(source.model, parts.layers(layers))
     report = SeparationReport(
         layers=tuple(parts.reports[name] for name in layers),
         skipped=untouched_layers(source.model),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class Parts(Mapping[str, Tensor]):
         self.reports[report.name] = report
         self._entries |= read_entries(path)
 
-    def layers(self, names: Iterator[str] | list[str]) -> dict[str, OrthoLinear]:
+    def layers(self, names: Iterable[str]) -> dict[str, OrthoLinear]:
         """Split layers without data (meta device), in the order of `names`."""
         made = {}
         for name in names:

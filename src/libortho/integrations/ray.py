@@ -75,7 +75,8 @@ class RayWorkers:
         self._check_memory(pieces)
         remote = ray.remote(_do)
         at_once = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)) // self._threads)
-        waiting, running = list(pieces.items())[::-1], {}
+        waiting = list(pieces.items())[::-1]
+        running: dict[Any, str] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
