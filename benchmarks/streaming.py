@@ -1,8 +1,8 @@
 """Can a model be split that is several times larger than the memory there is, and after a kill?
 
-    python benchmarks/streaming.py [--layers 64] [--limit 1.5] [--work DIR]
+    python benchmarks/streaming.py [--layers 80] [--limit 1.25] [--work DIR]
 
-Makes a Llama of random weights (1,024 x 16,384, about 7 GB in bf16), then splits it from disk to
+Makes a Llama of random weights (layers of 512 x 16,384, 4.1 GB in bf16), then splits it from disk to
 disk in processes of their own whose data (everything that is not a file's pages) may not exceed the
 limit, in GiB. The first process is killed when half of the layers are finished; the second goes on.
 Peaks are the operating system's: all resident memory, and of it what is no file's page. Exit status
@@ -31,7 +31,7 @@ from libortho.evaluation.tofu import versions
 from libortho.files import write_json
 from libortho.solvers.spectral import spectral_memory
 
-HIDDEN, INNER, VOCABULARY = 1024, 16384, 32000
+HIDDEN, INNER, VOCABULARY = 512, 16384, 32000
 LEAST_RATIO = 3.0
 GIB = 2**30
 RESULT = Path(__file__).parent / "results" / "streaming.json"
@@ -68,8 +68,8 @@ def make_model(folder: Path, layers: int) -> None:
         hidden_size=HIDDEN,
         intermediate_size=INNER,
         num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
         vocab_size=VOCABULARY,
         tie_word_embeddings=True,
     ).save_pretrained(str(folder))
@@ -148,9 +148,9 @@ def split(model: Path, out: Path, limit: int, kill_at: int | None) -> Run:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=64)
-    parser.add_argument("--limit", type=float, default=1.5, help="of a process's data, in GiB")
-    parser.add_argument("--work", type=Path, help="a folder on a disk with 20 GB to spare")
+    parser.add_argument("--layers", type=int, default=80)
+    parser.add_argument("--limit", type=float, default=1.25, help="of a process's data, in GiB")
+    parser.add_argument("--work", type=Path, help="a folder on a disk with 12 GB to spare")
     parser.add_argument("--json", type=Path, default=RESULT)
     args = parser.parse_args()
     limit = int(args.limit * GIB)
