@@ -7,7 +7,8 @@ operations a second, and how that rate compares with a matrix product's. (2) Wit
 streamed split of a small random model on a local Ray cluster of one and of two workers, beside this
 process alone. (3) A table on paper: operations and bytes of an 8B, a 70B and a 671B model, at the
 rates that a GPU would have if each step kept its share of the matrix product's rate. Every
-assumption is in `ASSUMED` and in the JSON that is written.
+assumption is in `ASSUMED` and in the JSON that is written. Exit status 1 where a step's time grew
+with its size by more than three times what its formula says, or less than a third.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def measured_rates() -> dict[str, dict[str, float]]:
             "operations_per_second": count(*SIZES[1]) / seconds[step][1],
             "seconds_small": seconds[step][0],
             "seconds_large": seconds[step][1],
-            # 1 where the formula has the right exponent
+            # 1 where the formula has the right exponent, and nobody else used the machine
             "growth_over_formula": seconds[step][1]
             / seconds[step][0]
             / (count(*SIZES[1]) / count(*SIZES[0])),
@@ -183,7 +184,7 @@ def on_paper(model: Model, gpus: int, share: Mapping[str, float]) -> dict[str, f
     )
     fitted = method.fit_steps * 6 * model.active * a["tokens_per_step"] / rate["product"]
     machines = math.ceil(gpus / a["gpus_per_machine"])
-    reading = 2 * model.parameters * math.ceil(span / a["gpus_per_machine"]) * replicas
+    reading = 2 * model.parameters * replicas
     moved = (replicas - 1) * moments + 2 * model.parameters * replicas
     stages = {
         "load": reading / (machines * a["storage_bytes_per_second"]),
@@ -269,6 +270,9 @@ def main() -> int:
             values = (x["hours"], x["bytes_of_a_gpu"] / 1e9, x["moved_bytes"] / 1e12, x["dollars"])
             table.add_row(name, gpus, *(f"{v:.3g}" for v in values))
     Console(width=100).print(table)
+    busy = [step for step, rate in rates.items() if not 0.3 < rate["growth_over_formula"] < 3]
+    if busy:
+        Console().print(f"[red]not to be trusted, was the machine busy?[/] {', '.join(busy)}")
     if measured is not None:
         Console().print(measured)
     write_json(
@@ -276,6 +280,7 @@ def main() -> int:
         {
             "rates": rates,
             "share_of_product": share,
+            "untrusted": busy,
             "cluster": measured,
             "assumed": ASSUMED,
             "models": {name: asdict(model) for name, model in MODELS.items()},
@@ -283,7 +288,7 @@ def main() -> int:
             "versions": versions(),
         },
     )
-    return 0
+    return 1 if busy else 0
 
 
 if __name__ == "__main__":
