@@ -6,6 +6,7 @@ piece that was lost with its worker is done again with the same result.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -49,7 +50,7 @@ class RayWorkers:
         self._threads = threads
         self._entered = not ray.is_initialized()
         if self._entered:
-            ray.init(address=address, logging_level="warning", log_to_driver=False)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
 
     def __enter__(self) -> RayWorkers:
         return self
