@@ -1,23 +1,27 @@
 """Can a model be split that is several times larger than the memory there is, and after a kill?
 
-    python benchmarks/streaming.py [--layers 80] [--limit 1.25] [--work DIR]
+    python benchmarks/streaming.py [--layers 64] [--limit 1.0] [--work DIR]
 
-Makes a Llama of random weights (layers of 512 x 16,384, 4.1 GB in bf16), then splits it from disk
-to disk in processes of their own whose data (everything that is not a file's pages) may not exceed
-the limit, in GiB. The first process is killed when half of the layers are finished; the second goes
-on. Peaks are the operating system's: all resident memory, and of it what is no file's page. Exit
-status 1 if a bar is missed: the checkpoint is at least 3 x the limit; the peak is at most what one
-layer needs and 2 GiB; no layer is done twice; the result passes `verify_split`.
+Makes a Llama of random weights (layers of 512 x 16,384, 3.3 GB in bf16), then splits it from disk
+to disk in processes of their own, in a memory cgroup with the limit, in GiB (Linux, as root; page
+cache counts too, and is reclaimed). The first process is killed when half of the layers are
+finished; the second goes on. Peaks are the operating system's: all resident memory, and of it what
+is no file's page. Exit status 1 if a bar is missed: the checkpoint is at least 3 x the limit; the
+peak is at most what one layer needs and 2 GiB; no layer is done twice; the result passes
+`verify_split`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,13 +36,14 @@ from libortho.files import write_json
 from libortho.solvers.spectral import spectral_memory
 
 HIDDEN, INNER, VOCABULARY = 512, 16384, 32000
+STRIDE = 997
 LEAST_RATIO = 3.0
 GIB = 2**30
 RESULT = Path(__file__).parent / "results" / "streaming.json"
 
 SPLIT = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[3]), int(sys.argv[3])))
+import os, sys
+open(sys.argv[3], "w").write(str(os.getpid()))
 from libortho import SeparationConfig, SpectralConfig
 from libortho.streaming import separate_streamed
 def tell(stage, done, total):
@@ -82,21 +87,19 @@ def make_model(folder: Path, layers: int) -> None:
         "mlp.up_proj": (INNER, HIDDEN),
         "mlp.down_proj": (HIDDEN, INNER),
     }
-    generator = torch.Generator().manual_seed(0)
+    # Each block has its own stretch of one pool of random numbers.
+    size = max(INNER * HIDDEN + STRIDE * layers, VOCABULARY * HIDDEN)
+    pool = (torch.randn(size, generator=torch.Generator().manual_seed(0)) / HIDDEN**0.5).bfloat16()
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    files = {
-        "embed": {
-            "model.embed_tokens.weight": random(VOCABULARY, HIDDEN, generator),
-            "model.norm.weight": ones,
-        }
-    }
     index: dict[str, str] = {}
     for number in range(-1, layers):
-        tensors = files.pop("embed", {})
+        embedding = pool[: VOCABULARY * HIDDEN].view(VOCABULARY, HIDDEN)
+        tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": ones}
         if number >= 0:
-            block = f"model.layers.{number}"
+            block, start = f"model.layers.{number}", STRIDE * number
             tensors = {
-                f"{block}.{n}.weight": random(*s, generator=generator) for n, s in shapes.items()
+                f"{block}.{name}.weight": pool[start : start + m * n].view(m, n).clone()
+                for name, (m, n) in shapes.items()
             }
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"{block}.{norm}.weight"] = ones.clone()
@@ -108,10 +111,6 @@ def make_model(folder: Path, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(plain))
 
 
-def random(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    return (torch.randn(rows, columns, generator=generator) / columns**0.5).bfloat16()
-
-
 def status(pid: int, key: str) -> int:
     """A line of /proc/<pid>/status, in bytes; 0 where the process is gone."""
     try:
@@ -121,13 +120,31 @@ def status(pid: int, key: str) -> int:
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{key}:")), 0)
 
 
-def split(model: Path, out: Path, limit: int, kill_at: int | None) -> Run:
+@contextmanager
+def limited(limit: int) -> Iterator[Path]:
+    """A memory cgroup of `limit` bytes: yields the file that takes a process into it.
+
+    Raises:
+        OSError: there are no cgroups here, or this user may not make one.
+    """
+    root = Path("/sys/fs/cgroup")
+    unified = (root / "cgroup.controllers").exists()
+    group = (root if unified else root / "memory") / f"libortho-streaming-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(limit))
+        yield group / "cgroup.procs"
+    finally:
+        group.rmdir()
+
+
+def split(model: Path, out: Path, procs: Path, kill_at: int | None) -> Run:
     """Split in a new process; kill it when `kill_at` layers are finished."""
     run, start = Run(), time.perf_counter()
     folder = out.parent / f".{out.name}.unfinished"
     said = out.parent / f"log-{kill_at}"
     with said.open("w") as log:
-        command = [sys.executable, "-c", SPLIT, str(model), str(out), str(limit)]
+        command = [sys.executable, "-c", SPLIT, str(model), str(out), str(procs)]
         process = subprocess.Popen(command, stdout=log)
         while process.poll() is None:
             run.peak = max(run.peak, status(process.pid, "VmHWM"))
@@ -147,9 +164,9 @@ def split(model: Path, out: Path, limit: int, kill_at: int | None) -> Run:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=80)
-    parser.add_argument("--limit", type=float, default=1.25, help="of a process's data, in GiB")
-    parser.add_argument("--work", type=Path, help="a folder on a disk with 12 GB to spare")
+    parser.add_argument("--layers", type=int, default=64)
+    parser.add_argument("--limit", type=float, default=1.0, help="of a process, in GiB")
+    parser.add_argument("--work", type=Path, help="a folder on a disk with 10 GB to spare")
     parser.add_argument("--json", type=Path, default=RESULT)
     args = parser.parse_args()
     limit = int(args.limit * GIB)
@@ -158,10 +175,11 @@ def main() -> int:
         (work / "model").mkdir()
         make_model(work / "model", args.layers)
         size = sum(path.stat().st_size for path in (work / "model").glob("*.safetensors"))
-        runs = [
-            split(work / "model", work / "out", limit, args.layers // 2),
-            split(work / "model", work / "out", limit, None),
-        ]
+        with limited(limit) as procs:
+            runs = [
+                split(work / "model", work / "out", procs, args.layers // 2),
+                split(work / "model", work / "out", procs, None),
+            ]
         found = verify_split(work / "out")
         written = sum(path.stat().st_size for path in (work / "out").glob("*.safetensors"))
     need, peak = spectral_memory((HIDDEN, INNER)), max(run.peak for run in runs)
