@@ -20,8 +20,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install native dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation \
-        bench-checkpoint bench-serving crosstalk schemathesis attack test-vllm fuzz soak audit sbom \
-        licences lock clean
+        bench-checkpoint bench-streaming bench-scaling bench-serving crosstalk schemathesis attack test-vllm \
+        fuzz soak audit sbom licences lock clean
 
 help:            ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,12 @@ bench-quantisation: dev ## what each way of storing the base costs (TEXT=a plain
 
 bench-checkpoint: dev ## size, load time and memory of a split checkpoint (SPLIT=, MODEL=)
 	$(BIN)/python benchmarks/checkpoint.py --split $(SPLIT) --model $(MODEL)
+
+bench-streaming: dev ## split a model larger than memory, kill it, go on (18 GB of disk)
+	$(BIN)/python benchmarks/streaming.py
+
+bench-scaling: dev ## Ray on one and two workers, and larger models on paper
+	$(BIN)/python benchmarks/scaling.py --cluster
 
 bench-serving: dev ## requests a second beside plain transformers (SPLIT=a split, MODEL=its original)
 	$(BIN)/python benchmarks/serving.py $(SPLIT) --original $(MODEL)

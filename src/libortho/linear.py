@@ -125,11 +125,15 @@ def _refuse_fused(model: nn.Module, pattern: str) -> None:
 def _refuse_shared_weights(
     modules: Mapping[str, nn.Module], selected: Mapping[str, nn.Module]
 ) -> None:
+    def place(tensor: Tensor) -> tuple[bool, int]:
+        # A weight that is on disk has no storage to be told by: it is shared where it is the same.
+        return (tensor.is_meta, id(tensor) if tensor.is_meta else tensor.data_ptr())
+
     chosen = {id(module) for module in selected.values()}
-    storage = {m.weight.data_ptr(): name for name, m in selected.items() if not m.weight.is_meta}  # type: ignore[operator]
+    storage = {place(m.weight): name for name, m in selected.items()}  # type: ignore[arg-type]
     for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
-            owner = storage.get(parameter.data_ptr())
+            owner = storage.get(place(parameter))
             if owner is not None and id(module) not in chosen:
                 raise ValueError(
                     f"{owner} shares its weight with {name}, which would keep what the split "

@@ -30,6 +30,7 @@ from libortho.report import SeparationReport, measure_layer
 from libortho.scoring import check_vocabulary
 from libortho.solvers import SOLVERS, MethodConfig
 from libortho.solvers.problem import Journal, Problem, Progress
+from libortho.workers import ThisProcess, Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +84,7 @@ def separate_(
     before: PreTrainedModel | None = None,
     unseen: Sequence[Any] | None = None,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> SeparationReport:
     """Split the targeted layers of a causal LM in place; alpha starts at 0.
 
@@ -102,6 +104,8 @@ def separate_(
             unfamiliar the forget set should become. Without `before`, `unseen` and the config's
             `target_nll`, `DEFAULT_TARGET_NLL` is aimed at.
         progress: called as work goes on.
+        workers: who does what is independent layer by layer, or text by text (see
+            `integrations.ray`); this process by default.
 
     Returns:
         The measured report. `report.reached` is False where the budget did not suffice; the model
@@ -119,6 +123,12 @@ def separate_(
     elif not isinstance(config, SeparationConfig):
         config = SeparationConfig(method=config)
     solver = SOLVERS[type(config.method)]
+    if workers is not None and not solver.shares:
+        able = [repr(method) for method in sorted(METHODS) if SOLVERS[METHODS[method]].shares]
+        raise ValueError(
+            f"method {method_of(config.method)!r} needs gradients of the whole model at every step "
+            "and has nothing to hand to workers; methods that have: " + ", ".join(able)
+        )
     journal = Journal(progress)
     layers = select_linear(model, config.target_modules)
     linears = {name: read_linear(layer, name) for name, layer in layers.items()}
@@ -162,6 +172,7 @@ def separate_(
             general,
             goal,
             journal,
+            workers or ThisProcess(),
         )
         splits = solver.solve(problem, config.method)
         new_layers = {}

@@ -198,6 +198,32 @@ def test_a_foreign_folder_is_not_overwritten(folder: Path) -> None:
     assert (folder / "split" / "thesis.txt").read_text() == "mine"
 
 
+def test_streamed(folder: Path) -> None:
+    made = run(
+        "separate", folder / "model", "--stream", "--method", "spectral", "--out", folder / "split",
+        "--json", folder / "report.json",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert "never run" in " ".join(made.output.split())
+    assert json.loads((folder / "report.json").read_text())["reached"] is None
+    assert run("chat", folder / "split", "--prompt", "it", "--alpha", 1).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--stream"], "'geometric' runs the whole model"),
+        (["--stream", "--method", "spectral", "--retain", "r"], "--retain with --stream: it would"),
+        (["--method", "spectral"], "--retain is missing"),
+    ],
+)
+def test_what_streaming_refuses(folder: Path, arguments: list[str], told: str) -> None:
+    refused = run("separate", folder / "model", "--out", folder / "split", *arguments)
+    assert refused.exit_code == 2, refused.output
+    assert told in " ".join(refused.output.split())
+    assert not (folder / "split").exists()
+
+
 def test_every_command_explains_itself() -> None:
     for command in ("separate", "tofu", "eval", "chat", "inspect"):
         shown = run(command, "--help")

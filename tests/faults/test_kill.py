@@ -60,6 +60,6 @@ def test_sigkill_while_saving(
         found[known[verify_split(target).manifest.base_sha256]] += 1
         unfinished = [p for p in target.parent.iterdir() if p != target]
         assert all(p.name.startswith(".split.partial-") for p in unfinished)
-    print(f"\n{found.total()} kills, then {found[0]} times one split and {found[1]} times the other")
+    print(f"\n{found.total()} kills, then {dict(found)} of one split and of the other")
     save_split(models[0], target)
     assert known[verify_split(target).manifest.base_sha256] == 0

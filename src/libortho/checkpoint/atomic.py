@@ -18,8 +18,11 @@ from libortho.checkpoint.names import PathLike
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, partial: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder to write into; it takes the place of `folder` when the block ends well.
+
+    It is `partial` where that is given, on the disk of `folder`, and what a process that was killed
+    left there is removed first; else it has a name of its own beside `folder`.
 
     A split checkpoint that stands there is replaced as a whole, with everything in it but its
     permissions. If anything raises, it is back in its place and nothing of the new one remains. On
@@ -34,7 +37,10 @@ def replacing(folder: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(folder))
     _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = _sibling(target, "partial")
+    if partial is None:
+        partial = _sibling(target, "partial")
+    elif partial.exists():
+        shutil.rmtree(partial)
     partial.mkdir()
     try:
         # Closed to others until its files have the permissions that they are to have.

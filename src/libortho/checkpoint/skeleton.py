@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from libortho.checkpoint.manifest import LayerEntry
+from libortho.checkpoint.manifest import LayerEntry, OrthoKind
 from libortho.checkpoint.names import CONFIG
 from libortho.checkpoint.reports import read_reports
 from libortho.checkpoint.schema import blame, read_object
@@ -68,8 +68,17 @@ def prepare(model: PreTrainedModel, found: Verified, dtype: torch.dtype) -> None
     as_saved = dtype == saved_dtype(found)
     reports = read_reports(found.folder, found.manifest.layers)
     layers = {}
+    entries = {**found.base_tensors, **found.ortho_tensors}
+    # The tensors of an encrypted stream are in no file that transformers could read: see `finish`.
+    readable = None if found.sealed else found.ortho
     for name in found.manifest.layers:
-        layers[name] = _empty_layer(name, found, None if as_saved else dtype)
+        layers[name] = empty_layer(
+            name,
+            found.manifest.layers[name],
+            None if readable is None else readable.layers.get(name),
+            entries,
+            None if as_saved else dtype,
+        )
         layers[name].report = reports.get(name)
         layers[name].locked = found.locked
     install(model, layers)
@@ -131,19 +140,27 @@ def saved_dtype(found: Verified) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
-def _empty_layer(name: str, found: Verified, dtype: torch.dtype | None) -> OrthoLinear:
-    layer = found.manifest.layers[name]
-    base = found.base_tensors
-    parts = {part: _empty(base[full]) for part, full in base_names(name, layer).items()}
-    bias = base.get(f"{name}.bias")
-    kind = None if found.ortho is None else found.ortho.layers.get(name)
+def empty_layer(
+    name: str,
+    layer: LayerEntry,
+    kind: OrthoKind | None,
+    entries: Mapping[str, TensorEntry],
+    dtype: torch.dtype | None = None,
+) -> OrthoLinear:
+    """A split layer without data (meta device), for the tensors that are stored of it.
+
+    Args:
+        name: of the module.
+        layer, kind: forms of its base and of its ortho stream, None for a layer without.
+        entries: what is stored, of this layer and any others.
+        dtype: of the bias; None as it is stored.
+    """
+    parts = {part: _empty(entries[full]) for part, full in base_names(name, layer).items()}
+    bias = entries.get(f"{name}.bias")
     ortho = None
-    # The tensors of an encrypted stream are in no file that transformers could read: see `finish`.
-    if kind is not None and not found.sealed:
+    if kind is not None:
         names = ortho_names(name, kind)
-        ortho = make_ortho(
-            layer, kind, {part: _empty(found.ortho_tensors[full]) for part, full in names.items()}
-        )
+        ortho = make_ortho(layer, kind, {p: _empty(entries[full]) for p, full in names.items()})
     return OrthoLinear.from_streams(
         make_base(layer, parts), ortho, None if bias is None else _empty(bias, dtype)
     )

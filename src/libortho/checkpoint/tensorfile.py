@@ -1,8 +1,9 @@
 """safetensors files seen from outside: what is in them, and where each tensor's bytes lie.
 
-The safetensors library checks a file and hands out tensors; digests and the search of `strip` need
-the bytes themselves. A file is eight bytes (the header's length, little-endian), a JSON header with
-each tensor's dtype, shape and offsets, and the data that the offsets count from.
+The safetensors library checks a file and hands out tensors; digests, the search of `strip` and the
+split of a model larger than memory need the bytes themselves. A file is eight bytes (the header's
+length, little-endian), a JSON header with each tensor's dtype, shape and offsets, and the data that
+the offsets count from.
 """
 
 from __future__ import annotations
@@ -22,6 +23,20 @@ from safetensors import SafetensorError, deserialize, safe_open
 from torch import Tensor
 
 from libortho.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""torch's dtypes by the names that safetensors has for them."""
 
 CHUNK = 2**20
 """Bytes read at a time: digests take no more memory than this a thread."""
@@ -66,10 +81,10 @@ class TensorEntry:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
     """A safetensors file, open for reading; CheckpointError where it is none."""
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(path), framework=framework) as file:
             yield file
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
@@ -85,9 +100,10 @@ def read_entries(path: Path, content: bytes | None = None) -> dict[str, TensorEn
     Raises:
         CheckpointError: the file is truncated or not a safetensors file.
     """
-    # The header is read once the library has checked it.
+    # The header is read once the library has checked it. For torch the library maps the whole file
+    # as private data, which a limit on memory counts.
     if content is None:
-        with opened(path), path.open("rb") as file:
+        with opened(path, "numpy"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     else:
@@ -137,11 +153,13 @@ def read_bytes(entry: TensorEntry) -> bytearray:
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """A tensor of a file, in memory of its own, on the CPU.
+    """A tensor of a file, in memory of its own, on the CPU: nothing else of the file is read.
 
     Raises:
-        CheckpointError: as `chunks`.
+        CheckpointError: a dtype that this package does not know, or as `chunks`.
     """
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{entry.file}: dtype {entry.dtype}: expected {', '.join(DTYPES)}")
     data = read_bytes(entry)
     dtype = DTYPES[entry.dtype]
     flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,8 @@ def save_split(
     forgotten: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     key: OrthoKey | None = None,
+    stored: Mapping[str, Tensor] | None = None,
+    partial: Path | None = None,
 ) -> None:
     """Save a split model as a folder of plain files (see the package's docstring), all or nothing.
 
@@ -90,21 +92,27 @@ def save_split(
         key: encrypt the ortho stream with it; by default the one in use (`ortho_access`, or that
             of the environment), and where there is none the ortho stream is written plain.
 
+        stored: where the model's tensors are that have no data of their own (meta device), by name.
+            Each is asked for when it is written, so that no more than one file's are in memory.
+        partial: where the folder is made before it takes its place; see `replacing`.
+
     Raises:
         TypeError: not a transformers model, or not one that its config alone rebuilds.
-        ValueError: no split layer, tensors without data (meta device), tensors that the config's
-            model does not have, or an ortho stream that was left locked when it was loaded.
+        ValueError: no split layer, tensors without data (meta device) that `stored` lacks, tensors
+            that the config's model does not have, or an ortho stream that was left locked when it
+            was loaded.
         FileExistsError: `folder` holds something other than a split checkpoint.
         OSError: it cannot be written; the disk is full, for instance.
     """
+    stored = {} if stored is None else stored
     layers, kinds = _layer_entries(model)
-    base, tied = _base_tensors(model)
+    base, tied = _base_tensors(model, stored)
     config = _config_of(model, tied)
     _check_reloads(model, config, layers, base, tied)
     report = report or libortho.separation_report(model)
     folder = Path(folder)
-    with ortho_access(key), replacing(folder) as partial:
-        _write_base(partial, base, max_shard_size)
+    with ortho_access(key), replacing(folder, partial) as partial:
+        _write_base(partial, base, stored, max_shard_size)
         written = read_base(partial)
         manifest = Manifest(
             quant_method=QUANT_METHOD,
@@ -119,7 +127,8 @@ def save_split(
         config.quantization_config = manifest.to_dict()
         config.save_pretrained(str(partial))
         if kinds:
-            _write_ortho(partial, model, kinds, manifest, current_access().find_key())
+            key_in_use = current_access().find_key()
+            _write_ortho(partial, model, kinds, stored, manifest, key_in_use)
         if report.layers:
             _write_text(partial / REPORT, report_text(report))
         _write_text(partial / CARD, card_text(config, report, base_model, forgotten))
@@ -172,7 +181,9 @@ def _config_of(model: PreTrainedModel, tied: Mapping[str, str]) -> PreTrainedCon
     return config
 
 
-def _base_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _base_tensors(
+    model: PreTrainedModel, stored: Container[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor but the ortho streams, once each, and name -> name of those that are shared."""
     modules = model.named_modules(remove_duplicate=False)
     ortho = tuple(f"{name}.ortho." for name, m in modules if isinstance(m, OrthoLinear))
@@ -183,14 +194,18 @@ def _base_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, 
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.startswith(ortho):
             continue
-        if not isinstance(tensor, Tensor) or tensor.is_meta:
-            what = "has no data (meta device)" if isinstance(tensor, Tensor) else "is no tensor"
-            raise ValueError(f"{name} {what}: only a whole model can be saved")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is no tensor: only a whole model can be saved")
         place = _place_of(tensor)
         if place in seen and isinstance(tensor, nn.Parameter):
             tied[name] = seen[place]
             continue
+        if tensor.is_meta and name not in stored:
+            raise ValueError(f"{name} has no data (meta device): only a whole model can be saved")
         seen[place] = name
+        if tensor.is_meta:
+            tensors[name] = tensor
+            continue
         plain = tensor.detach().contiguous()
         storage = plain.untyped_storage().data_ptr()
         # Two views of one storage are two tensors here; safetensors refuses them unless copied.
@@ -200,7 +215,7 @@ def _base_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _place_of(tensor: Tensor) -> object:
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.is_meta:
         return id(tensor)
     layout = (tensor.dtype, tuple(tensor.shape), tensor.stride())
     return (tensor.device, tensor.data_ptr(), layout)
@@ -232,7 +247,12 @@ def _buffer_dtypes(model: PreTrainedModel) -> dict[str, FloatName]:
     }
 
 
-def _write_base(partial: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
+def _write_base(
+    partial: Path,
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    max_shard_size: int | str,
+) -> None:
     """The base in one file, or in shards with their index, named as transformers does."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -240,7 +260,7 @@ def _write_base(partial: Path, tensors: Mapping[str, Tensor], max_shard_size: in
         dict(tensors), filename_pattern=BASE_PATTERN, max_shard_size=max_shard_size
     )
     for name, held in plan.filename_to_tensors.items():
-        _write_tensors(partial / name, {tensor: tensors[tensor] for tensor in held})
+        _write_tensors(partial / name, {tensor: tensors[tensor] for tensor in held}, stored)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_text(partial / BASE_INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
@@ -250,6 +270,7 @@ def _write_ortho(
     partial: Path,
     model: PreTrainedModel,
     kinds: Mapping[str, OrthoKind],
+    stored: Mapping[str, Tensor],
     manifest: Manifest,
     key: OrthoKey | None,
 ) -> None:
@@ -261,10 +282,10 @@ def _write_ortho(
             # A copy each: the streams are tiny, and none may share memory with another.
             tensors[full] = tensor.detach().clone(memory_format=torch.contiguous_format)
     if key is None:
-        _write_tensors(partial / ORTHO, tensors)
+        _write_tensors(partial / ORTHO, tensors, stored)
         entries = read_entries(partial / ORTHO)
     else:
-        content = save({name: tensor.cpu() for name, tensor in tensors.items()}, METADATA)
+        content = save(_with_data(tensors, stored), METADATA)
         write_private(partial / ORTHO_SEALED, seal(content, key, manifest.base_sha256))
         entries = read_entries(partial / ORTHO_SEALED, content)
     ortho = OrthoManifest(
@@ -293,10 +314,13 @@ def write_private(path: Path, data: bytes) -> None:
     path.chmod(0o600)  # a umask may have taken bits away
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _with_data(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: stored[n] if tensor.is_meta else tensor.cpu() for n, tensor in tensors.items()}
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     try:
-        plain = {name: tensor.cpu() for name, tensor in tensors.items()}
-        save_file(plain, str(path), metadata=METADATA)
+        save_file(_with_data(tensors, stored), str(path), metadata=METADATA)
     except SafetensorError as error:
         raise OSError(f"{path.name} cannot be written: {error}") from error
 

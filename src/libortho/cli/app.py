@@ -57,11 +57,14 @@ app.command()(export)
 @app.command()
 def separate(
     model: Annotated[str, typer.Argument(help="A local folder or Hugging Face name.")],
-    retain: Annotated[
-        Path,
-        typer.Option(help='JSONL, one {"text"} or {"question", "answer"} a line: what must stay.'),
-    ],
     out: Annotated[Path, typer.Option(help="Folder for the split checkpoint.")],
+    retain: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSONL, one {"text"} or {"question", "answer"} a line: what must stay. '
+            "Needed unless --stream."
+        ),
+    ] = None,
     forget: Annotated[
         Path | None,
         typer.Option(help="The same, to be forgotten; --method curvature does without."),
@@ -90,6 +93,21 @@ def separate(
         str | None,
         typer.Option(help="What was forgotten, for the model card, in words that anyone may read."),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Layer by layer from disk to disk, for a model larger than memory; goes on where "
+            "it was if killed. For --method spectral, which looks at weights alone.",
+        ),
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster that does what is independent: statistics of texts, "
+            "layers. Every machine of it must find MODEL under the same name."
+        ),
+    ] = None,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
@@ -100,13 +118,29 @@ def separate(
     0.
     """
     with reporting_errors():
-        from libortho.cli.commands.separate import run_separate
+        from libortho.cli.commands.separate import run_separate, run_streamed
 
         config = SeparationConfig(
             method=method_config(method, ortho_ratio, seed, base, target_nll),
             target_modules=tuple(target),
             template=check_template(template),
         )
+        if stream:
+            sets = {"--forget": forget, "--retain": retain, "--unseen": unseen, "--before": before}
+            for option, value in sets.items():
+                if value is not None:
+                    raise ValueError(f"{option} with --stream: it would not be looked at")
+            run_streamed(
+                model,
+                config,
+                out=out,
+                forgotten=forgotten,
+                json_file=json_file,
+                ray=ray,
+            )
+            return
+        if retain is None:
+            raise ValueError("--retain is missing: what must stay (only --stream does without)")
         run_separate(
             model,
             config,
@@ -117,6 +151,7 @@ def separate(
             out=out,
             forgotten=forgotten,
             json_file=json_file,
+            ray=ray,
         )
 
 

@@ -28,7 +28,7 @@ def reporting_errors() -> Iterator[None]:
     """Turn the errors that a user can mend into one line and exit status 2."""
     try:
         yield
-    except (LibOrthoError, ValueError, TypeError, OSError) as error:
+    except (LibOrthoError, ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("LIBORTHO_DEBUG"):
             raise
         _errors.print(f"[bold red]error[/]  {_escape(error)}", highlight=False, soft_wrap=True)

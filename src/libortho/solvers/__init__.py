@@ -7,7 +7,7 @@ one file of the same name; `SOLVERS` below is the only place where a solver is n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from libortho.methods.spectral import SpectralConfig
 from libortho.report import Split
 from libortho.solvers.curvature import solve_curvature
 from libortho.solvers.geometric import solve_geometric
-from libortho.solvers.problem import Problem
+from libortho.solvers.problem import LayerSolver, Problem
 from libortho.solvers.saliency import solve_saliency
-from libortho.solvers.spectral import solve_spectral
+from libortho.solvers.spectral import solve_spectral, spectral_layers
 
 MethodConfig = GeometricConfig | SaliencyConfig | CurvatureConfig | SpectralConfig
 
@@ -34,16 +34,21 @@ class Solver:
             model stay as they are.
         general: it looks at general text beside the retain set.
         forget_optional: it does without a forget set.
+        shares: it hands independent work to a problem's workers.
+        by_layer: (the method's config, module names) -> what splits each of them from its weight
+            alone; None for a method that has to run the model.
     """
 
     solve: Callable[[Problem, Any], dict[str, Split]]
     general: bool = True
     forget_optional: bool = False
+    shares: bool = False
+    by_layer: Callable[[Any, Sequence[str]], dict[str, LayerSolver]] | None = None
 
 
 SOLVERS: dict[type, Solver] = {
-    GeometricConfig: Solver(solve_geometric),
+    GeometricConfig: Solver(solve_geometric, shares=True),
     SaliencyConfig: Solver(solve_saliency),
     CurvatureConfig: Solver(solve_curvature, forget_optional=True),
-    SpectralConfig: Solver(solve_spectral, general=False),
+    SpectralConfig: Solver(solve_spectral, general=False, shares=True, by_layer=spectral_layers),
 }

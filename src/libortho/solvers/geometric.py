@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from libortho.base import quantize
-from libortho.calibration import second_moments
+from libortho.calibration import Moments, Tick, second_moments
 from libortho.config import BaseConfig, FactorDtype
 from libortho.data.tokens import Tokens, spread
 from libortho.forgetting import (
@@ -37,6 +38,7 @@ from libortho.scoring import answer_probability, sequence_nll
 from libortho.solvers.problem import Problem, batches_of
 from libortho.solvers.search import search
 from libortho.solvers.spectrum import edit_spectrum
+from libortho.workers import Piece, moments_apart
 
 SENSITIVITY_TOKENS = 512
 """Tokens over which a layer's output sensitivity is averaged: one number, soon stable."""
@@ -85,16 +87,33 @@ def solve_geometric(problem: Problem, method: GeometricConfig) -> dict[str, Spli
         journal.tell("spectrum", 0, 1)
         journal.spectrum = edit_spectrum(problem, edits, metrics)
         journal.tell("spectrum", 1, 1)
-    splits = {}
+    pieces = {
+        name: Piece(_quantised, (weight, edits[name], metrics[name], method), _memory(weight))
+        for name, weight in problem.weights.items()
+    }
     with journal.stage("quantise"):
-        for done, (name, weight) in enumerate(problem.weights.items()):
-            journal.tell("quantise", done, len(problem.weights))
-            moment = metrics[name].moment() if method.base.reads_moment else None
-            splits[name] = edit_streams(
-                weight, edits[name], method.base, method.ortho_dtype, moment
-            )
-        journal.tell("quantise", len(problem.weights), len(problem.weights))
-    return splits
+        return _each_layer(problem, "quantise", pieces)
+
+
+def _each_layer(problem: Problem, stage: str, pieces: dict[str, Piece]) -> dict[str, Any]:
+    """The pieces' results by layer, in the order of the layers."""
+    found: dict[str, Any] = {}
+    problem.journal.tell(stage, 0, len(pieces))
+    for name, result in problem.workers.each(pieces):
+        found[name] = result
+        problem.journal.tell(stage, len(found), len(pieces))
+    return {name: found[name] for name in pieces}
+
+
+def _memory(weight: Tensor) -> int:
+    """Bytes that a layer's factorisation, or its quantisation, takes, about (an upper bound)."""
+    rows, columns = weight.shape
+    return 16 * rows * columns + 24 * columns * columns
+
+
+def _quantised(weight: Tensor, edit: LowRankEdit, metric: Metric, method: GeometricConfig) -> Split:
+    moment = metric.moment() if method.base.reads_moment else None
+    return edit_streams(weight, edit, method.base, method.ortho_dtype, moment)
 
 
 def edit_streams(
@@ -124,23 +143,41 @@ def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
         journal.tell("statistics", seen, total)
 
     with journal.stage("statistics"):
-        moments = [
-            second_moments(problem.model, layers, items, tick=tick) for items in problem.kept
-        ]
+        moments = [_moments(problem, items, tick=tick) for items in problem.kept]
     with journal.stage("sensitivity"):
         journal.tell("sensitivity", 0, 1)
         sample = spread(problem.kept, SENSITIVITY_TOKENS)
         sensitivity = output_sensitivity(problem.model, layers, sample, method.seed)
         journal.tell("sensitivity", 1, 1)
-    metrics = {}
+    pieces = {
+        name: Piece(
+            _factored,
+            ([m[name] for m in moments], method.ridge, max(sensitivity[name], 1e-30), name),
+            _memory(problem.weights[name]),
+        )
+        for name in layers
+    }
     with journal.stage("solve"):
-        for done, name in enumerate(layers):
-            journal.tell("factor", done, len(layers))
-            mean = sum((m[name].mean() for m in moments[1:]), moments[0][name].mean())
-            scale = max(sensitivity[name], 1e-30)
-            metrics[name] = retain_metric(mean / len(moments), method.ridge, scale, name)
-        journal.tell("factor", len(layers), len(layers))
-    return metrics
+        return _each_layer(problem, "factor", pieces)
+
+
+def _factored(moments: list[Moments], ridge: float, scale: float, name: str) -> Metric:
+    mean = sum((m.mean() for m in moments[1:]), moments[0].mean())
+    return retain_metric(mean / len(moments), ridge, scale, name)
+
+
+def _moments(
+    problem: Problem,
+    items: list[Tokens],
+    weights: list[Tensor] | None = None,
+    tick: Tick | None = None,
+) -> dict[str, Moments]:
+    """Second moments, by workers where they can load the model."""
+    if problem.workers.model is None:
+        return second_moments(problem.model, problem.layers, items, weights=weights, tick=tick)
+    widths = {name: weight.shape[1] for name, weight in problem.weights.items()}
+    size = sum(p.nbytes for p in problem.model.parameters())
+    return moments_apart(problem.workers, widths, items, weights, tick, size)
 
 
 def _descend(
@@ -313,5 +350,5 @@ def _project(
 
 def _forget_moments(problem: Problem) -> dict[str, Tensor]:
     weights = [torch.ones(item.targets) for item in problem.forget]
-    moments = second_moments(problem.model, problem.layers, problem.forget, weights=weights)
+    moments = _moments(problem, problem.forget, weights)
     return {name: m.mean() for name, m in moments.items()}

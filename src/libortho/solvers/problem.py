@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +14,24 @@ from torch import Tensor, nn
 
 from libortho.data.tokens import Tokens
 from libortho.goal import Goal
-from libortho.report import LayerSpectrum
+from libortho.report import LayerSpectrum, Split
+from libortho.workers import ThisProcess, Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
+
+LayerSolver = Callable[[Tensor], Split]
+"""Splits one weight (out_features, in_features) that it needs nothing beside."""
+
+
+def timed(solve: LayerSolver, weight: Tensor) -> Split:
+    """`solve(weight)`, with the seconds that it took."""
+    start = time.perf_counter()
+    split = solve(weight)
+    return dataclasses.replace(split, seconds=time.perf_counter() - start)
 
 
 @dataclass
@@ -65,6 +77,7 @@ class Problem:
             none.
         goal: how far to forget and what to say instead; None for a method without an aim.
         journal: where the solver tells of its progress.
+        workers: who does what is independent layer by layer, or text by text.
     """
 
     model: PreTrainedModel
@@ -75,6 +88,7 @@ class Problem:
     general: list[Tokens]
     goal: Goal | None
     journal: Journal
+    workers: Workers = field(default_factory=ThisProcess)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import time
+from collections.abc import Sequence
+from functools import partial
 
 from libortho.methods.spectral import SpectralConfig, rank_ratio_for, split_spectral
 from libortho.report import Split
-from libortho.solvers.problem import Problem
+from libortho.solvers.problem import LayerSolver, Problem, timed
+from libortho.workers import Piece
+
+
+def spectral_layers(method: SpectralConfig, names: Sequence[str]) -> dict[str, LayerSolver]:
+    """What splits each layer; see `split_spectral`."""
+    ratios = rank_ratio_for(method.rank_ratio, names)
+    return {
+        name: partial(
+            split_spectral, config=dataclasses.replace(method, rank_ratio=ratios[name]), name=name
+        )
+        for name in names
+    }
 
 
 def solve_spectral(problem: Problem, method: SpectralConfig) -> dict[str, Split]:
-    """Split each layer; see `split_spectral`."""
-    journal, splits = problem.journal, {}
-    ratios = rank_ratio_for(method.rank_ratio, list(problem.layers))
+    """Split each layer of a model in memory."""
+    journal, found = problem.journal, {}
+    solvers = spectral_layers(method, list(problem.layers))
+    pieces = {
+        name: Piece(timed, (solvers[name], weight), spectral_memory(problem.shapes[name]))
+        for name, weight in problem.weights.items()
+    }
     with journal.stage("solve"):
-        for done, (name, weight) in enumerate(problem.weights.items()):
-            journal.tell("split layers", done, len(problem.weights))
-            start = time.perf_counter()
-            one = dataclasses.replace(method, rank_ratio=ratios[name])
-            split = split_spectral(weight, one, name)
-            splits[name] = dataclasses.replace(split, seconds=time.perf_counter() - start)
-        journal.tell("split layers", len(problem.weights), len(problem.weights))
-    return splits
+        journal.tell("split layers", 0, len(pieces))
+        for name, split in problem.workers.each(pieces):
+            found[name] = split
+            journal.tell("split layers", len(found), len(pieces))
+    return {name: found[name] for name in pieces}
+
+
+def spectral_memory(shape: tuple[int, int]) -> int:
+    """Bytes that the split of a layer (out_features, in_features) takes, about (an upper bound).
+
+    Eight fp32 copies (weight, low-rank part, dequantised base, residual, its score and their
+    temporaries) and four fp32 squares of the shorter side (Gram matrix, eigenvectors, workspace).
+    """
+    return 32 * shape[0] * shape[1] + 16 * min(shape) ** 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import typer
@@ -11,7 +12,36 @@ from libortho.checkpoint import check_writable, save_split
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
 from libortho.data.examples import read_jsonl
 from libortho.evaluation.finetuned import load_model
+from libortho.report import SeparationReport
 from libortho.separate import SeparationConfig, check_forget, separate_
+from libortho.streaming import check_streamed, separate_streamed
+from libortho.workers import Workers
+
+
+def run_streamed(
+    model: str,
+    config: SeparationConfig,
+    *,
+    out: Path,
+    forgotten: str | None,
+    json_file: Path | None,
+    ray: str | None,
+) -> None:
+    """Split a model layer by layer, from disk to disk, and say what it came to."""
+    check_streamed(config)
+    check_writable(out)
+    with progress_bars() as progress, _cluster(ray, model) as workers:
+        report = separate_streamed(
+            model,
+            out,
+            config,
+            tokenizer=AutoTokenizer.from_pretrained(model, trust_remote_code=False),
+            base_model=None if Path(model).exists() else model,
+            forgotten=forgotten,
+            progress=progress,
+            workers=workers,
+        )
+    _tell(report, out, json_file)
 
 
 def run_separate(
@@ -25,6 +55,7 @@ def run_separate(
     out: Path,
     forgotten: str | None,
     json_file: Path | None,
+    ray: str | None,
 ) -> None:
     """Read the sets, split the model, write the split and say what it came to."""
     # Everything that can be wrong with the arguments is found before the model is loaded.
@@ -35,7 +66,7 @@ def run_separate(
     unseen_set = None if unseen is None else read_jsonl(unseen)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     loaded = load_model(model)
-    with progress_bars() as progress:
+    with progress_bars() as progress, _cluster(ray, model) as workers:
         report = separate_(
             loaded,
             forget_set,
@@ -45,6 +76,7 @@ def run_separate(
             before=None if before is None else load_model(before),
             unseen=unseen_set,
             progress=progress,
+            workers=workers,
         )
     save_split(
         loaded,
@@ -54,8 +86,21 @@ def run_separate(
         base_model=None if Path(model).exists() else model,
         forgotten=forgotten,
     )
+    _tell(report, out, json_file)
+    if report.reached is False:
+        raise typer.Exit(EXIT_NOT_FORGOTTEN)
+
+
+def _cluster(address: str | None, model: str) -> AbstractContextManager[Workers | None]:
+    """The cluster at `address` for the length of a block; nothing where there is none."""
+    if address is None:
+        return nullcontext()
+    from libortho.integrations.ray import RayWorkers
+
+    return RayWorkers(address, model)
+
+
+def _tell(report: SeparationReport, out: Path, json_file: Path | None) -> None:
     write_json(json_file, report.to_dict())
     console.print(str(report), highlight=False, soft_wrap=True)
     console.print(f"\nsplit   {out}")
-    if report.reached is False:
-        raise typer.Exit(EXIT_NOT_FORGOTTEN)

@@ -1,0 +1,148 @@
+"""Who does the independent pieces of a split: this process, or a cluster's.
+
+A piece is a function with its arguments, both picklable. Whoever does it, and in whatever order,
+the results are the same; whoever asks puts them in order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from libortho.calibration import Moments, Tick, second_moments
+from libortho.data.tokens import Tokens, batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARDS = 16
+"""Most shards of a text whose statistics are gathered apart. Not a matter of how many workers there
+are: the shards decide the order of a sum, and with it the last bit."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of work.
+
+    Attributes:
+        function, arguments: `function(*arguments)` does it.
+        memory: bytes that it needs at most, about; a scheduler packs pieces by it.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    memory: int
+
+
+class Workers(Protocol):
+    """Does pieces of work.
+
+    Attributes:
+        model: a name under which each worker can load the model that is split (as `load_model`
+            does); None where statistics are this process's own business.
+    """
+
+    @property
+    def model(self) -> str | None: ...
+
+    def each(self, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Any]]:
+        """Yield (name, result) of every piece, as they are finished."""
+        ...
+
+
+class ThisProcess:
+    """One piece after the other, in this process."""
+
+    model: str | None = None
+
+    def each(self, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Any]]:
+        """Yield (name, result) of every piece, in the order given."""
+        for name, piece in pieces.items():
+            yield name, piece.function(*piece.arguments)
+
+
+def moments_apart(
+    workers: Workers,
+    widths: Mapping[str, int],
+    items: Sequence[Tokens],
+    weights: Sequence[Tensor] | None = None,
+    tick: Tick | None = None,
+    model_bytes: int = 0,
+) -> dict[str, Moments]:
+    """`second_moments`, gathered shard by shard by workers that load the model themselves.
+
+    A shard is a run of the batches that `second_moments` makes of the whole text, so that every
+    batch is the same; the shards' sums are added in the text's order, whoever was first. Only the
+    order of additions differs from one process's: about 1e-7 of the largest entry.
+
+    Args:
+        workers: with a `model`.
+        widths: module name -> in_features, of the layers.
+        items, weights, tick: as of `second_moments`; `tick` after each shard.
+        model_bytes: of the model, for the memory that a piece is said to need.
+    """
+    index = [batch.index for batch in batches(items)]
+    step = -(-len(index) // SHARDS)
+    starts = range(0, len(index), step)
+    shards = [list(chain.from_iterable(index[i : i + step])) for i in starts]
+    # The sums of positions >= 1 and of position 0, and a batch's activations beside the model.
+    memory = model_bytes + 12 * sum(width * width for width in widths.values()) + 2**28
+    pieces = {
+        f"statistics {number}": Piece(
+            _shard_moments,
+            (
+                workers.model,
+                list(widths),
+                [items[i] for i in rows],
+                None if weights is None else [weights[i] for i in rows],
+            ),
+            memory,
+        )
+        for number, rows in enumerate(shards)
+    }
+    total: dict[str, Moments] = {}
+    early: dict[str, dict[str, Moments]] = {}
+    awaited = iter(pieces)
+    next_name = next(awaited)
+    for name, found in workers.each(pieces):
+        early[name] = found
+        if tick:
+            tick(len(shards[list(pieces).index(name)]))
+        while next_name in early:
+            _add(total, early.pop(next_name))
+            next_name = next(awaited, "")
+    return total
+
+
+def _add(total: dict[str, Moments], more: dict[str, Moments]) -> None:
+    for name, moments in more.items():
+        if name not in total:
+            total[name] = moments
+            continue
+        held = total[name]
+        held.body = held.body + moments.body
+        held.first = held.first + moments.first
+        held.tokens += moments.tokens
+        held.sequences += moments.sequences
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(name: str) -> PreTrainedModel:
+    from libortho.evaluation.finetuned import load_model
+
+    return load_model(name)
+
+
+def _shard_moments(
+    name: str, layers: list[str], items: list[Tokens], weights: list[Tensor] | None
+) -> dict[str, Moments]:
+    model = _loaded(name)
+    chosen = {layer: model.get_submodule(layer) for layer in layers}
+    with torch.no_grad():
+        return second_moments(model, chosen, items, weights=weights)
