@@ -1,8 +1,8 @@
 """Lets pages link to files of the repository outside docs/, as they do on a code host.
 
-A link such as `../SECURITY.md` leads to a file that MkDocs does not know. Every such file that a page
-or the navigation names becomes part of the site, under `repository/`, and links are changed to where
-it lies. A link to what does not exist stays as it is, and the strict build fails on it.
+A link such as `../SECURITY.md` leads to a file that MkDocs does not know. Every such file that a
+page or the navigation names becomes part of the site, under `repository/`, and links are changed to
+where it lies. A link to what does not exist stays as it is, and the strict build fails on it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 def _uri(path: Path, root: Path, docs: Path) -> str:
     if path.is_relative_to(docs):
         return path.relative_to(docs).as_posix()
-    return f"{PLACE}/{path.relative_to(root).as_posix()}" if path.is_relative_to(root) else str(path)
+    return (
+        f"{PLACE}/{path.relative_to(root).as_posix()}" if path.is_relative_to(root) else str(path)
+    )
 
 
 def _generated(uri: str) -> bool:
