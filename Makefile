@@ -10,9 +10,12 @@ PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-versio
 VLLM   ?= .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
+DOCS       := .venv-docs
+DOCS_STAMP := $(DOCS)/.installed
+DOCS_PIP   := $(DOCS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install native dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation \
+.PHONY: help install native dev demo test lint types pytest docs experiment bench bench-quick bench-svd bench-quantisation \
         bench-checkpoint bench-serving crosstalk schemathesis attack test-vllm clean
 
 help:            ## list the targets
@@ -43,7 +46,7 @@ $(DEV): $(NATIVE) requirements-dev.txt
 demo: install    ## memorise some authors, split the model, measure who still knows them
 	$(BIN)/libortho tofu
 
-test: lint types pytest ## what CI runs
+test: lint types pytest docs ## what CI runs
 
 lint: dev        ## ruff, and its format check
 	$(BIN)/ruff check .
@@ -54,6 +57,14 @@ types: dev       ## mypy --strict on src
 
 pytest: dev      ## every test
 	$(BIN)/pytest
+
+docs: $(DOCS_STAMP) ## these pages as a site in site/; every link is checked (in a venv of its own)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+$(DOCS_STAMP): requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS_PIP) --no-deps -r requirements-docs.txt
+	@touch $@
 
 test-vllm: $(VLLM_STAMP) ## serve an export with the real vLLM (in a venv of its own, about 2 GB)
 	PYTHONPATH=src $(VLLM)/bin/python -m pytest tests_vllm
@@ -102,5 +113,5 @@ schemathesis: dev ## many more requests made from the OpenAPI document than the 
 attack: dev      ## try to get back what the demo forgets, beside the retrained model
 	$(BIN)/python benchmarks/attacks.py --json benchmarks/results/attacks.json
 
-clean:           ## remove both venvs and the caches of this folder
-	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:           ## remove the venvs, the site and the caches of this folder
+	rm -rf $(VENV) $(VLLM) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
