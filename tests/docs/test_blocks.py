@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from typer.main import get_command
+from typer.main import get_command as make_command
 from typer.testing import CliRunner
 
 from libortho.cli import app
@@ -54,7 +54,10 @@ NOT_RUN = {
     "attack": "minutes; tests/attacks has it on a tiny model",
     "ui": "serves until it is stopped; tests/serve/test_ui.py has it in a browser",
 }
-"""Commands that no page runs. `serve` runs on the tutorial, where its client follows."""
+"""Commands that no page runs."""
+
+SERVED = {"docs/tutorial.md"}
+"""Pages on which `libortho serve` runs, as its client follows; on others it would run for ever."""
 
 OTHERS = {
     ".": "the shell's own",
@@ -130,9 +133,15 @@ def test_every_block_says_what_it_is() -> None:
 # -- commands --------------------------------------------------------------------
 
 
+@functools.cache
+def get_command() -> Any:
+    """The whole command line, which takes a moment to make."""
+    return make_command(app)
+
+
 def parse(words: list[str]) -> None:
     """Parse `libortho` arguments with the real commands, and run nothing."""
-    command: Any = get_command(app)
+    command = get_command()
     name = "libortho"
     while hasattr(command, "commands"):
         assert words, f"{name}: expected one of {', '.join(command.commands)}"
@@ -198,7 +207,7 @@ def test_the_lists_of_exceptions_hold_nothing_else() -> None:
     [
         ("separte MODEL", "separte"),
         ("separate MODEL --retain keep.jsonl --out DIR --forgt secrets.jsonl", "forgt"),
-        ("separate MODEL --out DIR", "--retain"),
+        ("separate MODEL --out DIR", "retain"),
         ("keys mew --id a", "mew"),
         ("serve DIR --port many", "many"),
     ],
@@ -228,7 +237,7 @@ def test_a_target_named_in_the_text_is_in_the_makefile(page: str) -> None:
 def test_the_page_of_commands_lists_them_all() -> None:
     text = (ROOT / "docs/reference/commands.md").read_text("utf-8")
     listed = re.findall(r"^\| `libortho ([a-z]+)", text, re.MULTILINE)
-    assert sorted(listed) == sorted(get_command(app).commands)  # type: ignore[attr-defined]
+    assert sorted(listed) == sorted(get_command().commands)
 
 
 # -- data ------------------------------------------------------------------------
@@ -263,7 +272,7 @@ class Reader:
         self.page, self.patch, self.stack = page, patch, stack
         self.names: dict[str, Any] = {}
         self.put_in: dict[str, str] = {}
-        self.statuses: dict[str, int] = {}
+        self.more: dict[str, list[str]] = {}
 
     def follow(self) -> None:
         """Do everything on the page."""
@@ -292,12 +301,12 @@ class Reader:
     def call(self, words: list[str]) -> str:
         """Run a `libortho` command; returns what it printed."""
         if words[0] == "serve":
-            if "client" in (ROOT / self.page).read_text("utf-8"):
+            if self.page in SERVED:
                 self.stack.enter_context(served(words, self.patch))
             return ""
         if words[0] in ("strip", "export"):  # both refuse to write over anything
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
-        done = CliRunner().invoke(app, words)
+        done = CliRunner().invoke(app, words + self.more.get(words[0], []))
         # 3: a tiny random model has not learned enough to forget.
         allowed = (0, 3) if words[0] == "separate" else (0,)
         assert done.exit_code in allowed, f"libortho {shlex.join(words)}\n{done.output}"
@@ -320,7 +329,7 @@ def served(words: list[str], patch: pytest.MonkeyPatch) -> Iterator[None]:
         return made[0]
 
     patch.setattr(run, "make_server", remember)
-    command: Any = get_command(app)
+    command = get_command()
     thread = threading.Thread(
         target=command.main, args=(words,), kwargs={"standalone_mode": False}, daemon=True
     )
@@ -343,12 +352,16 @@ def free_port() -> str:
 
 
 def tutorial(reader: Reader) -> None:
-    """A learning rate at which a model this small learns, a free port, and a real name."""
+    """What a tiny model needs: a higher learning rate, and more of its few parameters.
+
+    Put in are a free port and a real name.
+    """
     from libortho.training import MemoriseConfig
 
     reader.patch.setattr(
-        "libortho.training.MemoriseConfig", functools.partial(MemoriseConfig, learning_rate=3e-3)
+        "libortho.training.MemoriseConfig", functools.partial(MemoriseConfig, learning_rate=5e-3)
     )
+    reader.more = {"separate": ["--ortho-ratio", "0.1"]}
     reader.put_in = {"8000": free_port(), "of NAME?": "of Alma Quill?"}
 
 
