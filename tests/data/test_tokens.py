@@ -139,7 +139,7 @@ def test_text_without_a_tokenizer(item) -> None:
         object(),
         {"labels": [1, 2]},
     ],
-    ids=repr,
+    ids=lambda item: type(item).__name__,
 )
 def test_items_of_another_kind(item) -> None:
     with pytest.raises(TypeError, match=r"forget\[1\]: "):

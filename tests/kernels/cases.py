@@ -16,11 +16,21 @@ TOLERANCES = [
     (torch.bfloat16, 6e-2, 2e-2),
     (torch.float16, 1e-2, 4e-3),
 ]
-BASES = ["int8", "int8 groups", "int4", "int4 wide groups", "fp16"]
+BASES = ["int8", "int8 groups", "int8 wide groups", "int4", "int4 wide groups", "fp16"]
+GROUPS = {"int8 groups": 32, "int8 wide groups": 64, "int4": 64}
+"""Columns that share a scale; in others, all of a row do."""
 ORTHOS = ["none", "low_rank", "low_rank bf16", "rank 0", "sparse", "sparse fp32", "all zero"]
 ALPHAS = ["0", "1", "0.3", "rows"]
 # (rows, in_features, out_features): tails of every block size, one of each, and whole blocks.
-SHAPES = [(1, 64, 32), (9, 7, 41), (3, 192, 33), (17, 320, 67), (40, 1100, 50), (300, 128, 65)]
+SHAPES = [
+    (1, 64, 32),
+    (9, 7, 41),
+    (3, 192, 33),
+    (2, 4224, 19),
+    (17, 320, 67),
+    (40, 1100, 50),
+    (300, 128, 65),
+]
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class Operands:
 
 def fits(base: str, in_features: int) -> bool:
     """Whether a base of this kind exists at this width."""
-    group = {"int8 groups": 32, "int4": 64, "int4 wide groups": in_features}.get(base, 1)
+    group = {"int4 wide groups": in_features, **GROUPS}.get(base, 1)
     return in_features % group == 0 and (not base.startswith("int4") or in_features % 32 == 0)
 
 
@@ -59,7 +69,7 @@ def make(
     draw = torch.Generator().manual_seed(in_features * 1000 + out_features)
     shape = (out_features, in_features)
     size = in_features**-0.5
-    groups = {"int8 groups": in_features // 32, "int4": in_features // 64}.get(base, 1)
+    groups = in_features // GROUPS.get(base, in_features)
     scale = zero = None
     if base.startswith("int8"):
         qdata = torch.randint(-127, 128, shape, generator=draw, dtype=torch.int8)

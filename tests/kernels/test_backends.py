@@ -74,7 +74,7 @@ def test_both_native_paths_at_any_number_of_rows(rows: int, tiles: bool) -> None
     if tiles and not native.has_tiles():
         pytest.skip("this processor has no matrix tiles")
     x = torch.randn(rows, 192).bfloat16()
-    for base in ("int8", "int8 groups", "int4", "fp16"):
+    for base in cases.BASES:
         for ortho in ("none", "low_rank", "sparse"):
             operands = cases.make(base, ortho, "rows", rows, 192, 37, bias=False)
             y = native.split_linear()(
@@ -82,6 +82,38 @@ def test_both_native_paths_at_any_number_of_rows(rows: int, tiles: bool) -> None
                 operands.alpha, tiles,
             )  # fmt: skip
             torch.testing.assert_close(y.double(), cases.exact(operands, x), atol=3e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("base", ["int8", "int8 wide groups", "int4", "int4 wide groups"])
+@pytest.mark.parametrize("in_features", [64, 576, 1536, 4224])
+@pytest.mark.parametrize("outlier", [0.0, 30.0, 3000.0, 1e30, 1e-30])
+def test_few_rows_lose_less_than_bf16_does(base: str, in_features: int, outlier: float) -> None:
+    """Whatever x is like inside the kernel, the result is as good as its own rounding to bf16."""
+    if not cases.fits(base, in_features) or (base == "int4 wide groups" and in_features % 128):
+        pytest.skip("no such base")
+    draw = torch.Generator().manual_seed(in_features)
+    x = torch.randn(3, in_features, generator=draw).bfloat16()
+    if outlier == 1e-30:
+        x = (x.float() * outlier).bfloat16()
+    elif outlier:
+        x[:, 5] = outlier
+    operands = cases.make(base, "none", "0", 3, in_features, 64, bias=False)
+    want = cases.exact(operands, x)
+    for rows in (1, 2, 3):
+        y = operands(cpu.linear, x[:rows]).double()
+        error = (y - want[:rows]).norm(dim=1) / want[:rows].norm(dim=1).clamp(min=1e-38)
+        assert error.max() < 3e-3
+
+
+@pytest.mark.parametrize("base", ["int8", "int4", "fp16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_does_not_vanish(backend: str, base: str, bad: float) -> None:
+    operands = cases.make(base, "none", "0", 2, 192, 33, bias=False)
+    x = torch.randn(2, 192).bfloat16()
+    x[1, 17] = bad
+    y = operands(cpu.linear, x)
+    assert torch.isfinite(y[0]).all()
+    assert not torch.isfinite(y[1]).any()
 
 
 def test_leading_dimensions_and_strides(backend: str) -> None:

@@ -68,6 +68,26 @@ struct Alpha {
   float at(int64_t row) const { return values[row / share]; }
 };
 
+// Asks memory for what a reader will want: hardware's own reading ahead stops at each page's end.
+template <int64_t Ahead>
+inline void ask_for(const void* at) {
+  __builtin_prefetch(static_cast<const char*>(at) + Ahead);
+}
+
+// What the zero points of one output take away: sum over groups of scale * zero * sums.
+inline float zero_part(const BFloat16* scale, const uint8_t* zero, const float* sums,
+                       int64_t groups) {
+  F acc = {};
+  float rest = 0;
+  int64_t g = 0;
+  for (; g + kLanes <= groups; g += kLanes) {
+    acc += __builtin_convertvector(std::bit_cast<I>(integers(zero + g)), F) * widen(scale + g) *
+           load<F>(sums + g);
+  }
+  for (; g < groups; ++g) rest += number(scale[g]) * zero[g] * sums[g];
+  return sum(acc) + rest;
+}
+
 inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 }  // namespace libortho

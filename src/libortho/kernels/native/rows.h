@@ -3,23 +3,25 @@
 
 #include <algorithm>
 
+#include "integers.h"
 #include "operands.h"
 
 namespace libortho {
 
 constexpr int64_t kRowsAtOnce = 4;
 
-// x as the inner loops want it, in fp32.
+// x as the inner loops want it.
 struct FewRows {
-  // For int4 the columns of each block of 32 are even ones first: a byte holds an even column and
-  // the odd one after it.
   template <class X>
   FewRows(const X* x, int64_t rows, const Weight& weight)
-      : rows(rows), in(weight.in), plain(rows * in),
-        split(weight.storage == Storage::kInt4 ? rows * in : 0),
-        sums(weight.storage == Storage::kInt4 ? rows * weight.groups : 0) {
-    for (int64_t i = 0; i < rows * in; ++i) plain[i] = number(x[i]);
-    if (weight.storage != Storage::kInt4) return;
+      : rows(rows), in(weight.in), plain(widened(x, rows * in)),
+#ifdef LIBORTHO_INTEGERS
+        integers(plain.get(), rows, weight,
+                 std::is_same_v<X, BFloat16> && IntegerRows::fit(weight)),
+#endif
+        apart(weight.storage == Storage::kInt4 && !whole()),
+        split(apart ? rows * in : 0), sums(apart ? rows * weight.groups : 0) {
+    if (!apart) return;
     for (int64_t row = 0; row < rows; ++row) {
       const float* from = plain.get() + row * in;
       float* to = split.get() + row * in;
@@ -39,17 +41,37 @@ struct FewRows {
     }
   }
 
+  template <class X>
+  static Buffer<float> widened(const X* x, int64_t count) {
+    Buffer<float> wide(count);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const F lanes = widen(x + i);
+      std::memcpy(wide.get() + i, &lanes, sizeof lanes);
+    }
+    for (; i < count; ++i) wide[i] = number(x[i]);
+    return wide;
+  }
+
+  // Whether the base's products go through `integers`.
+  bool whole() const {
+#ifdef LIBORTHO_INTEGERS
+    return integers.valid();
+#else
+    return false;
+#endif
+  }
+
   int64_t rows, in;
-  Buffer<float> plain, split;
-  Buffer<float> sums;  // int4: of each group, over 16, for the zero points
+  Buffer<float> plain;
+#ifdef LIBORTHO_INTEGERS
+  IntegerRows integers;
+#endif
+  bool apart;
+  // int4 in fp32: the columns of each block of 32, even ones first, since a byte holds an even
+  // column and the odd one after it; and the sum of each group over 16, for the zero points.
+  Buffer<float> split, sums;
 };
-
-// Bytes that a row's reader asks memory for ahead: hardware stops at each page's end.
-constexpr int64_t kAhead = 2048;
-
-inline void ask_for(const void* at) {
-  __builtin_prefetch(static_cast<const char*>(at) + kAhead);
-}
 
 // acc[m] += w . x[m] over `count` columns in whole vectors; what is left goes into rest[m].
 template <int M, class Q>
@@ -58,7 +80,7 @@ inline void dot(const Q* w, const float* x, int64_t stride, int64_t count, F* ac
   F part[kChains][M] = {};
   int64_t k = 0;
   for (; k + kChains * kLanes <= count; k += kChains * kLanes) {
-    ask_for(w + k);
+    ask_for<2048>(w + k);
     for (int chain = 0; chain < kChains; ++chain) {
       const F weight = widen(w + k + chain * kLanes);
       for (int m = 0; m < M; ++m) {
@@ -94,20 +116,6 @@ inline void dot4(const uint8_t* w, const float* x, int64_t stride, int64_t count
     }
   }
   for (int m = 0; m < M; ++m) acc[m] += (even[m] + odd[m]) * scale;
-}
-
-// What the zero points of one output take away: sum over groups of scale * zero * sums.
-inline float zero_part(const BFloat16* scale, const uint8_t* zero, const float* sums,
-                       int64_t groups) {
-  F acc = {};
-  float rest = 0;
-  int64_t g = 0;
-  for (; g + kLanes <= groups; g += kLanes) {
-    acc += __builtin_convertvector(std::bit_cast<I>(integers(zero + g)), F) * widen(scale + g) *
-           load<F>(sums + g);
-  }
-  for (; g < groups; ++g) rest += number(scale[g]) * zero[g] * sums[g];
-  return sum(acc) + rest;
 }
 
 // One row of a CSR matrix times one row of x.
@@ -153,7 +161,7 @@ inline void groups4(const Weight& w, const float* x, int64_t n, int64_t count, F
     for (int64_t g = 0; g < some; ++g) scales[g] = number(w.scale4[n * w.groups + first + g]);
     for (int64_t g = 0; g < some; ++g) {
       const int64_t at = (first + g) * size;
-      ask_for(from + at / 2);
+      ask_for<2048>(from + at / 2);
       dot4<M>(from + at / 2, x + at, w.in, size, scales[g], total);
     }
   }
@@ -194,25 +202,52 @@ inline void base_dots(const Weight& w, const FewRows& x, int64_t row, int64_t n,
   }
 }
 
-// y[row .. row + M][n] = base + alpha * ortho, in fp32.
-template <int M, class V>
-inline void output(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const float* inner,
-                   Alpha alpha, int64_t row, int64_t n, float* y) {
-  F total[M] = {};
-  float rest[M] = {};
-  base_dots<M>(w, x, row, n, total, rest);
-  for (int m = 0; m < M; ++m) {
-    if (ortho.kind == OrthoKind::kSparse) {
-      const int64_t start = ortho.crow[n];
-      const float* from = x.plain.get() + (row + m) * x.in;
-      total[m] += alpha.at(row + m) * sparse_dot(ortho.col + start, ortho.values + start,
-                                                 ortho.crow[n + 1] - start, from);
-    } else if (ortho.kind == OrthoKind::kLowRank) {
-      for (int64_t r = 0; r < ortho.rank; ++r) {
-        rest[m] += inner[(row + m) * ortho.rank + r] * number(ortho.left[n * ortho.rank + r]);
+// The same of the R outputs from n on.
+template <int R, int M>
+inline void base_dots(const Weight& w, const FewRows& x, int64_t row, int64_t n,
+                      F (&total)[R][M], float (&rest)[R][M]) {
+#ifdef LIBORTHO_INTEGERS
+  if (x.whole()) {
+    w.storage == Storage::kInt8 ? integer_dots8<R, M>(w, x.integers, row, n, total, rest)
+                                : integer_dots4<R, M>(w, x.integers, row, n, total, rest);
+    return;
+  }
+#endif
+  for (int r = 0; r < R; ++r) base_dots<M>(w, x, row, n + r, total[r], rest[r]);
+}
+
+// Asks for what the sparse rows from n on hold: short rows end before hardware sees a stream.
+template <class V>
+inline void ask_for_rows(const Ortho<V>& ortho, int64_t n, int64_t end) {
+  for (int64_t j = ortho.crow[n]; j < ortho.crow[end]; j += kLanes) {
+    __builtin_prefetch(ortho.col + j);
+    __builtin_prefetch(ortho.values + j);
+  }
+}
+
+// y[row .. row + M][n .. n + R] = base + alpha * ortho, in fp32.
+template <int R, int M, class V>
+inline void outputs(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const float* inner,
+                    Alpha alpha, int64_t row, int64_t n, float* y) {
+  F total[R][M] = {};
+  float rest[R][M] = {};
+  if (ortho.kind == OrthoKind::kSparse) ask_for_rows(ortho, n, n + R);
+  base_dots<R, M>(w, x, row, n, total, rest);
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < M; ++m) {
+      if (ortho.kind == OrthoKind::kSparse) {
+        const int64_t start = ortho.crow[n + r], count = ortho.crow[n + r + 1] - start;
+        const float* from = x.plain.get() + (row + m) * x.in;
+        total[r][m] += alpha.at(row + m) *
+                       sparse_dot(ortho.col + start, ortho.values + start, count, from);
+      } else if (ortho.kind == OrthoKind::kLowRank) {
+        for (int64_t i = 0; i < ortho.rank; ++i) {
+          rest[r][m] += inner[(row + m) * ortho.rank + i] *
+                        number(ortho.left[(n + r) * ortho.rank + i]);
+        }
       }
+      y[(row + m) * w.out + n + r] = sum(total[r][m]) + rest[r][m];
     }
-    y[(row + m) * w.out + n] = sum(total[m]) + rest[m];
   }
 }
 
@@ -233,20 +268,33 @@ Buffer<float> low_rank_inner(const Ortho<V>& ortho, const FewRows& x, Alpha alph
   return inner;
 }
 
-// Outputs [begin, end) of every row.
+// R outputs of every row.
+template <int R, class V>
+inline void all_rows(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const float* inner,
+                     Alpha alpha, int64_t n, float* y) {
+  for (int64_t row = 0; row < x.rows; row += kRowsAtOnce) {
+    switch (std::min(kRowsAtOnce, x.rows - row)) {
+      case 1: outputs<R, 1>(w, ortho, x, inner, alpha, row, n, y); break;
+      case 2: outputs<R, 2>(w, ortho, x, inner, alpha, row, n, y); break;
+      case 3: outputs<R, 3>(w, ortho, x, inner, alpha, row, n, y); break;
+      default: outputs<R, 4>(w, ortho, x, inner, alpha, row, n, y);
+    }
+  }
+}
+
+// Outputs [begin, end) of every row; as many at once as registers hold the sums of.
 template <class V>
 void few_rows(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const float* inner,
               Alpha alpha, int64_t begin, int64_t end, float* y) {
-  for (int64_t n = begin; n < end; ++n) {
-    for (int64_t row = 0; row < x.rows; row += kRowsAtOnce) {
-      switch (std::min(kRowsAtOnce, x.rows - row)) {
-        case 1: output<1>(w, ortho, x, inner, alpha, row, n, y); break;
-        case 2: output<2>(w, ortho, x, inner, alpha, row, n, y); break;
-        case 3: output<3>(w, ortho, x, inner, alpha, row, n, y); break;
-        default: output<4>(w, ortho, x, inner, alpha, row, n, y);
-      }
-    }
+  int64_t n = begin;
+  if (x.rows == 1) {
+    for (; n + 8 <= end; n += 8) outputs<8, 1>(w, ortho, x, inner, alpha, 0, n, y);
   }
+  if (x.rows == 2) {
+    for (; n + 4 <= end; n += 4) outputs<4, 2>(w, ortho, x, inner, alpha, 0, n, y);
+  }
+  for (; n + 2 <= end; n += 2) all_rows<2>(w, ortho, x, inner, alpha, n, y);
+  for (; n < end; ++n) all_rows<1>(w, ortho, x, inner, alpha, n, y);
 }
 
 }  // namespace libortho
