@@ -62,7 +62,7 @@ pytest: dev      ## every test, a file to a core
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 docs: $(DOCS_STAMP) ## these pages as a site in site/; every link is checked (in a venv of its own)
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 $(DOCS_STAMP): requirements-docs.txt
 	$(PYTHON) -m venv $(DOCS)
