@@ -358,9 +358,9 @@ def tutorial(reader: Reader) -> None:
     """
     from libortho.training import MemoriseConfig
 
-    reader.patch.setattr(
-        "libortho.training.MemoriseConfig", functools.partial(MemoriseConfig, learning_rate=5e-3)
-    )
+    # Known by heart, as one wrong token of a telephone number would be one too many below.
+    recipe = functools.partial(MemoriseConfig, learning_rate=5e-3, target=0.98)
+    reader.patch.setattr("libortho.training.MemoriseConfig", recipe)
     reader.more = {"separate": ["--ortho-ratio", "0.1"]}
     reader.put_in = {"8000": free_port(), "of NAME?": "of Alma Quill?"}
 
