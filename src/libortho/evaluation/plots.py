@@ -138,7 +138,8 @@ def _models(axes: Axes, rows: Rows, main: str, x: str, y: str, least: float = -m
         axes.plot(*at(row), color=colour, marker=marker, ls="none", label=label, zorder=5, **ring)
     axes.margins(x=0.12)
     left, right = axes.get_xlim()
-    axes.set_xlim(left=min(left, right - LEAST_SPAN))
+    left = min(left, right - LEAST_SPAN)
+    axes.set_xlim(left, right + 0.03 * (right - left))  # where a mark at the edge is whole
 
 
 def _goal(axes: Axes, left: float, low: float, high: float) -> None:
