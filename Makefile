@@ -12,6 +12,9 @@ AUDIT_STAMP := $(AUDIT)/.installed
 VLLM   ?= .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 VLLM_PIP   := $(VLLM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
+DOCS       := .venv-docs
+DOCS_STAMP := $(DOCS)/.installed
+DOCS_PIP   := $(DOCS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 UV     := --quiet --no-deps --generate-hashes --python-version 3.11 --no-header --no-annotate
 
@@ -19,7 +22,7 @@ UV     := --quiet --no-deps --generate-hashes --python-version 3.11 --no-header 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install native dev demo test lint types pytest experiment bench bench-quick bench-svd bench-quantisation \
+.PHONY: help install native dev demo test lint types pytest docs experiment bench bench-quick bench-svd bench-quantisation \
         bench-checkpoint bench-streaming bench-scaling bench-serving crosstalk schemathesis attack test-vllm \
         fuzz soak audit sbom licences lock clean
 
@@ -50,7 +53,7 @@ $(DEV): $(NATIVE) requirements-dev.lock
 demo: install    ## memorise some authors, split the model, measure who still knows them
 	$(BIN)/libortho tofu
 
-test: lint types pytest ## what CI runs
+test: lint types pytest docs ## what CI runs
 
 lint: dev        ## ruff, and its format check
 	$(BIN)/ruff check .
@@ -61,6 +64,14 @@ types: dev       ## mypy --strict on src
 
 pytest: dev      ## every test, a file to a core
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+docs: $(DOCS_STAMP) ## these pages as a site in site/; every link is checked (in a venv of its own)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+$(DOCS_STAMP): requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS_PIP) --no-deps -r requirements-docs.txt
+	@touch $@
 
 test-vllm: $(VLLM_STAMP) ## serve an export with the real vLLM (in a venv of its own, about 2 GB)
 	PYTHONPATH=src $(VLLM)/bin/python -m pytest tests_vllm
@@ -148,5 +159,5 @@ lock: $(AUDIT_STAMP) ## the hashes of every file that the requirements may insta
 	$(AUDIT)/bin/uv pip compile requirements-audit.txt $(filter-out --no-deps,$(UV)) \
 		-o requirements-audit.lock
 
-clean:           ## remove the venvs and the caches of this folder
-	rm -rf $(VENV) $(VLLM) $(AUDIT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:           ## remove the venvs, the site and the caches of this folder
+	rm -rf $(VENV) $(VLLM) $(AUDIT) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -147,7 +147,7 @@ def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def families() -> dict[str, Family]:
     """All model families by name, for a test that takes some."""
     return FAMILIES

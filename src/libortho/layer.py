@@ -206,7 +206,8 @@ def replace_linear_layers(
         ratio: `ortho_ratio` of every layer, a fraction.
         rank_ratio: a fraction, or a mapping from module names (suffix or regular expression) to
             fractions that covers every matched layer.
-        Others: as `SpectralConfig` and `spectral_base`.
+        use_low_rank, svd, selection, ortho_dtype: as in `SpectralConfig`.
+        storage, scale, group_size: as in `spectral_base`.
 
     Returns:
         The same `model`. `separation_report(model)` has the per-layer numbers.

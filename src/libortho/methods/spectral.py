@@ -137,7 +137,7 @@ def split_spectral(weight: Tensor, config: SpectralConfig, name: str = "this lay
 
     Warns:
         UserWarning: the low-rank part misses W by more than `fallback_error`; W is quantised
-        directly, and the split's note says so.
+            directly, and the split's note says so.
     """
     if isinstance(config.rank_ratio, Mapping):
         raise TypeError("rank_ratio is a mapping: one layer needs a number (see rank_ratio_for)")
