@@ -71,7 +71,7 @@ def test_likelihoods_are_those_at_alpha(folder: Path, tokenizer, alpha: float) -
 
     found = lm_eval.simple_evaluate(
         model="libortho",
-        model_args=f"pretrained={folder},alpha={alpha},device=cpu",
+        model_args=f"pretrained={folder},alpha={alpha}",
         tasks=["house"],
         task_manager=lm_eval.tasks.TaskManager(
             include_path=str(folder.parent / "tasks"), include_defaults=False
@@ -99,14 +99,14 @@ def test_alpha_is_checked(folder: Path, tmp_path: Path) -> None:
         OrthoLM(str(tmp_path / "nowhere"), alpha=2)
     strip(folder, tmp_path / "base")
     with pytest.raises(OrthoStreamMissing):
-        OrthoLM(str(tmp_path / "base"), alpha=1.0, device="cpu")
+        OrthoLM(str(tmp_path / "base"), alpha=1.0)
 
 
 def test_the_command(folder: Path) -> None:
     out = folder.parent / "out"
     command = [sys.executable, "-m", "libortho.integrations.lm_eval", "run", "--model", "libortho"]
     command += ["--model_args", f"pretrained={folder},alpha=0", "--tasks", "house"]
-    command += ["--include_path", str(folder.parent / "tasks"), "--device", "cpu"]
+    command += ["--include_path", str(folder.parent / "tasks")]
     command += ["--output_path", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr

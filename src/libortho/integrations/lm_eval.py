@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 try:
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import register_model
@@ -33,7 +35,8 @@ class OrthoLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: the folder of a split checkpoint.
         alpha: in [0, 1]; 0 by default.
-        kwargs: whatever the harness's own `hf` model takes (dtype, batch_size, device, ...).
+        device: by default the GPU where there is one, else the CPU (the harness's is "cuda", always).
+        kwargs: whatever the harness's own `hf` model takes (dtype, batch_size, ...).
 
     Raises:
         ValueError: alpha is out of range, or the model has no split layer.
@@ -41,10 +44,14 @@ class OrthoLM(HFLM):  # type: ignore[misc]
         CheckpointError: as `load_split`.
     """
 
-    def __init__(self, pretrained: str, alpha: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, pretrained: str, alpha: float = 0.0, device: str | None = None, **kwargs: Any
+    ) -> None:
         check_alpha(alpha)  # before anything is loaded
         register()
-        super().__init__(pretrained=pretrained, **kwargs)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        super().__init__(pretrained=pretrained, device=device, **kwargs)
         set_alpha(self.model, alpha)
 
 
