@@ -125,15 +125,21 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 def cluster() -> Iterator[str]:
     """Address of a Ray cluster of two workers on this machine."""
     ray = pytest.importorskip("ray")
-    # No token, no dashboard, nothing sent anywhere; workers find what this process finds.
-    os.environ |= {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    # A worker cannot import this module, which pytest has loaded under a name of its own.
-    ray.cloudpickle.register_pickle_by_value(sys.modules[dying_once.__module__])
-    for attempt in range(3):
+    with pytest.MonkeyPatch.context() as patch:
+        # No token, no dashboard, nothing sent anywhere; workers find what this process finds.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        # A worker cannot import this module, which pytest has loaded under a name of its own.
+        ray.cloudpickle.register_pickle_by_value(sys.modules[dying_once.__module__])
+        start(ray)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
+
+
+def start(ray) -> None:
+    """Skips where a busy machine does not start Ray within the 30 seconds that Ray itself allows."""
+    for _ in range(3):
         try:
             ray.init(
                 num_cpus=2,
@@ -143,14 +149,12 @@ def cluster() -> Iterator[str]:
                 logging_level="error",
                 log_to_driver=False,
             )
-            break
+            return
         except Exception as error:
-            # On a machine that is busy Ray's own 30 seconds may not do, above all the first time.
             ray.shutdown()
-            if attempt == 2 or "timed out during startup" not in str(error):
+            if "timed out during startup" not in str(error):
                 raise
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    pytest.skip("three times Ray's own 30 seconds were not enough for it to start")
 
 
 def dying_once(mark: Path, function: Any, arguments: tuple[Any, ...]) -> Any:
