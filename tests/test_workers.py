@@ -138,7 +138,7 @@ def cluster() -> Iterator[str]:
 
 
 def start(ray) -> None:
-    """Skips where a busy machine does not start Ray within the 30 seconds that Ray itself allows."""
+    """Skip where a busy machine does not start Ray in the 30 seconds that Ray itself allows."""
     for _ in range(3):
         try:
             ray.init(
