@@ -35,7 +35,7 @@ class OrthoLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: the folder of a split checkpoint.
         alpha: in [0, 1]; 0 by default.
-        device: by default the GPU where there is one, else the CPU (the harness's is "cuda", always).
+        device: by default the GPU where there is one, else the CPU (the harness always takes one).
         kwargs: whatever the harness's own `hf` model takes (dtype, batch_size, ...).
 
     Raises:
