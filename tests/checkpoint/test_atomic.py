@@ -216,6 +216,7 @@ FULL_DISK = """
 import resource, sys
 from libortho.checkpoint import load_split, save_split
 model = load_split(sys.argv[1])
+sys.dont_write_bytecode = True  # Python would leave half a file of it for the next to stumble over
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:
     save_split(model, sys.argv[1])
