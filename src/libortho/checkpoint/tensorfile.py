@@ -24,20 +24,6 @@ from torch import Tensor
 
 from libortho.errors import CheckpointError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""torch's dtypes by the names that safetensors has for them."""
-
 CHUNK = 2**20
 """Bytes read at a time: digests take no more memory than this a thread."""
 THREADS = min(4, os.cpu_count() or 1)
