@@ -17,6 +17,7 @@ from libortho.forgetting import (
     Target,
     feedback,
     preservation,
+    sharpened,
     targets_from_earlier_model,
     targets_from_model_itself,
 )
@@ -293,7 +294,8 @@ def assert_distributions(targets: Sequence[Target], items: Sequence[Tokens]) -> 
 def test_targets_from_an_earlier_model(tiny_llama, random_tokens, temperature: float) -> None:
     model = tiny_llama()
     items = random_tokens(LENGTHS)
-    targets = targets_from_earlier_model(model, items, (), temperature)
+    plain = targets_from_earlier_model(model, items)
+    targets = [sharpened(target, temperature) for target in plain]
     assert_distributions(targets, items)
     for target, item in zip(targets, items, strict=True):
         expected = (log_p(model, item) / temperature).softmax(dim=-1)

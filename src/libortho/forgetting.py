@@ -74,7 +74,6 @@ def targets_from_earlier_model(
     before: PreTrainedModel,
     items: Sequence[Tokens],
     context: Sequence[Tokens] = (),
-    temperature: float = 1.0,
 ) -> list[Target]:
     """What a model that has not memorised the items predicts in their place.
 
@@ -83,18 +82,23 @@ def targets_from_earlier_model(
         items: the forget set.
         context: sequences that are shown first (few-shot), so that the earlier model knows the
             *form* of an answer and what is copied from a question, and lacks only the content.
-        temperature: of the softmax; below 1 sharpens.
     """
     lead = tuple(token for item in context for token in item.ids)
     shown = [Tokens(lead + item.ids, len(lead) + item.prompt) for item in items]
     result: dict[int, Target] = {}
     for batch in batches(shown):
-        probabilities = (predicted_logits(before, batch) / temperature).softmax(dim=1)
+        probabilities = predicted_logits(before, batch).softmax(dim=1)
         labels = batch.labels.to(probabilities.device)
         parts = zip(probabilities.split(batch.counts), labels.split(batch.counts), strict=True)
         for index, (rows, own) in zip(batch.index, parts, strict=True):
             result[index] = _keep_top(rows, own)
     return [result[i] for i in range(len(items))]
+
+
+def sharpened(target: Target, temperature: float) -> Target:
+    """The same predictions at another temperature (below 1: surer), over the entries kept."""
+    probabilities = (target.probabilities.log() / temperature).softmax(dim=1)
+    return Target(target.tokens, probabilities)
 
 
 @torch.no_grad()

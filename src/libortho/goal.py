@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 from libortho.data.tokens import Tokens, evenly
 from libortho.forgetting import (
     Target,
+    sharpened,
     targets_from_earlier_model,
     targets_from_model_itself,
 )
@@ -38,6 +39,11 @@ REHEARSAL = MemoriseConfig(target=1.0, max_epochs=3)
 
 REHEARSED = 48
 """Retain sequences, evenly spread, that it is rehearsed on."""
+
+SHARPENING = 0.7
+"""Temperature at which an earlier model's predictions are wanted, the level being settled. A model
+that knows the form only is less sure of itself than one that was fine-tuned to the end, and an edit
+of few directions ends flatter still than what it is fitted to; Min-K%++ would see that."""
 
 Earlier = Literal["rehearse", "show", "trust"]
 """How a model from before the memorising is asked. "rehearse": a copy of it is fine-tuned for a
@@ -121,6 +127,8 @@ def _from_earlier_model(
         source += f", shown {len(context)} retain examples"
     targets = targets_from_earlier_model(before, forget, context)
     expected = sum(t.answer_probability for t in targets) / len(targets)
+    if earlier != "trust":
+        targets = [sharpened(target, SHARPENING) for target in targets]
     source = f"{source} ({expected:.3f})"
     if level is None:
         return Goal(targets, expected, source)
