@@ -69,9 +69,9 @@ class GeometricConfig:
     find_steps: int = 3
     fit_steps: int = 160
     step: float = 0.4
-    rate: float = 0.6
+    rate: float = 0.4
     batch: int = 10
-    retain_tokens: int = 160
+    retain_tokens: int = 400
     target_nll: float | None = None
     tolerance: float = 0.4
     base: BaseConfig = field(default_factory=BaseConfig)

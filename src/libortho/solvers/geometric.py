@@ -46,7 +46,7 @@ SENSITIVITY_TOKENS = 512
 FIND_TOKENS = 6_000
 """Tokens of the forget set, evenly spread, that the directions are found on."""
 
-POOL_TOKENS = 1_500
+POOL_TOKENS = 8_000
 """Tokens of retain and general text, evenly spread, that the second phase draws from."""
 
 WINDOW = 80
