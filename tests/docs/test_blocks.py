@@ -53,7 +53,7 @@ NOT_RUN = {
     "tofu": "minutes; `make demo` is this job",
     "attack": "minutes; tests/attacks has it on a tiny model",
     "ui": "serves until it is stopped; tests/serve/test_ui.py has it in a browser",
-    "encrypt": "locks the split for the lines after it; tests/checkpoint/test_encrypt.py has it",
+    "encrypt": "locks the split for the lines after it; tests/cli/test_vault.py has it",
 }
 """Commands that no page runs."""
 
