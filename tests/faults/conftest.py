@@ -101,11 +101,21 @@ def contents_of(*folders: Path) -> dict[Path, bytes]:
 
 
 @pytest.fixture(scope="session")
-def ortho_holders() -> Callable[..., set[str]]:
+def ortho_blocks() -> Callable[..., set[Path]]:
+    """`ortho_blocks(model, contents)`: which of {path: bytes} hold bytes of the model's ortho."""
+
+    def find(model: Any, contents: dict[Path, bytes]) -> set[Path]:
+        tensors = {n: t for n, t in model.state_dict().items() if ".ortho." in n}
+        return holding(contents, tensor_bytes(tensors))
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def ortho_holders(ortho_blocks) -> Callable[..., set[str]]:
     """`ortho_holders(model, *folders)`: names of the files below that hold bytes of its ortho."""
 
     def find(model: Any, *folders: Path) -> set[str]:
-        tensors = {n: t for n, t in model.state_dict().items() if ".ortho." in n}
-        return {p.name for p in holding(contents_of(*folders), tensor_bytes(tensors))}
+        return {path.name for path in ortho_blocks(model, contents_of(*folders))}
 
     return find
