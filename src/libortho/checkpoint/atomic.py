@@ -10,7 +10,7 @@ import stat
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from libortho.checkpoint.manifest import is_split
@@ -39,6 +39,7 @@ def replacing(folder: Path, partial: Path | None = None) -> Iterator[Path]:
     _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep_beside(target)
+    place: AbstractContextManager[Path]
     if partial is None:
         place = scratch(target.parent, _prefix(target, "partial"), folder=True, mode=0o777)
     else:
