@@ -131,7 +131,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def unfinished(path: Path) -> str:
     """The prefix of what is to become `path`."""
-    return f".{path.name}-"
+    return f".{path.name}.partial-"
 
 
 def write_json(path: Path, data: Any, *, indent: int = 1) -> None:

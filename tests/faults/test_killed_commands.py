@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 import libortho
-from libortho.checkpoint import OrthoKey, keys, load_split, save_split, verify_split
+from libortho.checkpoint import OrthoKey, atomic, keys, load_split, save_split, verify_split
 from libortho.cli import app
 from libortho.errors import CheckpointError
 
@@ -156,6 +158,25 @@ def test_encrypt(shop: Workshop, killer, times: Callable[[str, int], int], ortho
         assert beside(shop.out) == set()
         assert ortho_holders(shop.secret, shop.out.parent) == set()
     print(f"\nencrypt: {killer.kills} kills, then {found}")
+
+
+def test_encrypt_killed_when_only_the_plain_file_is_to_be_deleted(
+    shop: Workshop, killer, monkeypatch, ortho_holders
+) -> None:
+    work = command("encrypt", shop.out, "--key-file", shop.keys[0])
+    shop.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_remove_old", lambda old: os.kill(os.getpid(), signal.SIGKILL))
+        assert killer.kill(work, 600)
+    verify_split(shop.out, key=KEYS[0])
+    assert ortho_holders(shop.secret, shop.out.parent) == {"ortho.safetensors"}
+    (left,) = beside(shop.out)
+    assert left.startswith(".out.partial-")
+    assert (shop.out.parent / left).stat().st_mode & 0o077 == 0
+    with pytest.raises(SystemExit):
+        app(["encrypt", str(shop.out), "--key-file", str(shop.keys[0])])
+    assert beside(shop.out) == set()
+    assert ortho_holders(shop.secret, shop.out.parent) == set()
 
 
 def test_rotate_key(shop: Workshop, killer, times: Callable[[str, int], int]) -> None:
