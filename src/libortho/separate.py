@@ -6,7 +6,9 @@ check -> settle the goal -> solve by the method, and quantise -> install -> meas
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from torch import nn
 import libortho
 from libortho.alpha import ortho_layers
 from libortho.base import check_width
+from libortho.calibration import not_finite
 from libortho.config import check_choice, to_dict
 from libortho.data.general import general_text
 from libortho.data.tokens import Template, Tokens, as_tokens, collate, spread
@@ -40,6 +43,9 @@ GENERAL_TOKENS = 6_000
 
 MOST_ABOVE = 0.05
 """Probability above its target at which the forget set never counts as forgotten."""
+
+_NOT_FINITE = re.compile(r"\b(nan|inf)\b|not finite|non-finite", re.IGNORECASE)
+"""In the message of whatever meets NaN or Inf first: this package, torch, or LAPACK."""
 
 NO_GENERAL_TEXT = (
     "no general text protects the model, for want of a tokenizer: pass tokenizer=, or "
@@ -115,7 +121,8 @@ def separate_(
     Raises:
         ValueError: a set that is missing or empty, a target that matches nothing, NaN/Inf weights,
             a layer that is split already, a token id outside the vocabulary, a budget too small for
-            one direction or entry.
+            one direction or entry, a sequence of which the model makes NaN or Inf (it and the first
+            such layer are named).
         TypeError: a target that is not linear, or items of an unknown form.
     """
     if config is None:
@@ -149,43 +156,50 @@ def separate_(
                 journal.warnings.append(NO_GENERAL_TEXT)
             else:
                 general = spread([tokens(general_text(), "general text")], GENERAL_TOKENS)
-        goal = None
-        if isinstance(config.method, Aiming):
-            with journal.stage("goal"):
-                journal.tell("goal", 0, 1)
-                goal = choose_goal(
-                    model,
-                    forget_items,
-                    retain_items,
-                    before=before,
-                    unseen=unseen_items,
-                    target_nll=config.method.target_nll,
-                    earlier=config.earlier,
-                )
-                journal.tell("goal", 1, 1)
-        problem = Problem(
-            model,
-            layers,
-            {name: weight for name, (weight, _) in linears.items()},
-            forget_items,
-            retain_items,
-            general,
-            goal,
-            journal,
-            workers or ThisProcess(),
-        )
-        splits = solver.solve(problem, config.method)
-        new_layers = {}
-        for name, (weight, bias) in linears.items():
-            split = splits.pop(name)
-            report = measure_layer(name, method_of(config.method), weight, split)
-            new_layers[name] = OrthoLinear.from_streams(split.base, split.ortho, bias, report)
-        install(model, new_layers)
-        try:
-            return _measure(problem, config)
-        except BaseException:
-            install(model, layers)
-            raise
+        sets = {
+            "forget": forget_items,
+            "retain": retain_items,
+            "unseen": unseen_items or [],
+            "general text": general,
+        }
+        with _naming_texts(model, before, layers, sets):
+            goal = None
+            if isinstance(config.method, Aiming):
+                with journal.stage("goal"):
+                    journal.tell("goal", 0, 1)
+                    goal = choose_goal(
+                        model,
+                        forget_items,
+                        retain_items,
+                        before=before,
+                        unseen=unseen_items,
+                        target_nll=config.method.target_nll,
+                        earlier=config.earlier,
+                    )
+                    journal.tell("goal", 1, 1)
+            problem = Problem(
+                model,
+                layers,
+                {name: weight for name, (weight, _) in linears.items()},
+                forget_items,
+                retain_items,
+                general,
+                goal,
+                journal,
+                workers or ThisProcess(),
+            )
+            splits = solver.solve(problem, config.method)
+            new_layers = {}
+            for name, (weight, bias) in linears.items():
+                split = splits.pop(name)
+                report = measure_layer(name, method_of(config.method), weight, split)
+                new_layers[name] = OrthoLinear.from_streams(split.base, split.ortho, bias, report)
+            install(model, new_layers)
+            try:
+                return _measure(problem, config)
+            except BaseException:
+                install(model, layers)
+                raise
 
 
 def check_forget(config: SeparationConfig, forget: Sequence[Any] | None) -> None:
@@ -218,6 +232,36 @@ def _checked_tokens(
 
 
 @contextmanager
+def _naming_texts(
+    model: PreTrainedModel,
+    before: PreTrainedModel | None,
+    layers: Mapping[str, nn.Module],
+    sets: Mapping[str, Sequence[Tokens]],
+) -> Iterator[None]:
+    """Where the block fails because a model makes NaN or Inf of a sequence, say of which.
+
+    NaN is found where it first does harm (a moment, a loss, a draw from probabilities), which is
+    after a batch or a set. Which sequence it was is worth another pass only then.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, FloatingPointError) as error:
+        if not _NOT_FINITE.search(str(error)):
+            raise
+        for whose, looked_at in (("", model), ("the earlier model, ", before)):
+            if looked_at is None:
+                continue
+            chosen = {name: looked_at.get_submodule(name) for name in layers}
+            for label, items in sets.items():
+                found = not_finite(looked_at, chosen, items)
+                if found is not None:
+                    raise ValueError(
+                        f"{whose}{label}[{found[0]}]: this text gives NaN or Inf at {found[1]}"
+                    ) from error
+        raise
+
+
+@contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout within the block; afterwards every module is in its own mode again."""
     modes = {module: module.training for module in model.modules()}
@@ -234,6 +278,9 @@ def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
     model, journal = problem.model, problem.journal
     with journal.stage("measure"):
         measured = measure_streams(model, problem.forget, problem.retain, journal.tell)
+    values = [*measured.forget_ppl.values(), *measured.retain_ppl.values()]
+    if any(math.isnan(value) for value in values):
+        raise ValueError("the perplexity of the forget or retain set is NaN")
     if problem.forget:
         probability = measured.probability
         reached = _judge(problem, config, probability["0.0"], probability["1.0"])

@@ -18,6 +18,7 @@ import torch
 import libortho
 from libortho.base import check_width
 from libortho.checkpoint.atomic import check_writable
+from libortho.checkpoint.keys import current_access
 from libortho.checkpoint.names import PathLike
 from libortho.checkpoint.parts import LayerPart, Parts
 from libortho.checkpoint.skeleton import linear_shape
@@ -61,7 +62,8 @@ def separate_streamed(
 
     The tensors, `config.json` and `ortho_config.json` are bit for bit those of `separate_` and
     `save_split` on as many threads. Finished layers wait in `.<name of out>.unfinished` beside
-    `out`, and a run with the same arguments goes on from them.
+    `out`, their ortho streams encrypted where there is a key in use (see `save_split`), and a run
+    with the same arguments goes on from them.
 
     Args:
         model: a local folder or a Hugging Face name, taken in bf16.
@@ -96,7 +98,8 @@ def separate_streamed(
     }
     out = Path(out)
     folder = out.parent / f".{out.name}.unfinished"
-    parts = Parts(folder, {**settings, "files": source.files()})
+    key = current_access().find_key()
+    parts = Parts(folder, {**settings, "files": source.files()}, key)
     by_layer = SOLVERS[type(config.method)].by_layer
     assert by_layer is not None
     solvers = by_layer(config.method, list(layers))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from libortho import CheckpointError
-from libortho.checkpoint import load_split
+from libortho.checkpoint import load_split, verify_split
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,9 @@ from libortho.checkpoint import load_split
         ({"intermediate_size": 41}, r"of shape \(24, 41\)"),
         ({"model_type": "no_such_model"}, "config"),
         ({"hidden_size": "wide"}, "config"),
+        ({"vocab_size": -14}, "no causal LM can be built from it"),
+        # Still fits: nothing but the digest tells that this is another model.
+        ({"rms_norm_eps": 1e-3}, "it was changed after it was saved"),
     ],
 )
 def test_a_config_that_is_not_of_these_tensors(
@@ -32,6 +35,21 @@ def test_a_config_that_is_not_of_these_tensors(
     with pytest.raises(CheckpointError, match=match) as caught:
         load_split(copy)
     assert "config.json" in str(caught.value)
+
+
+def test_a_config_that_is_written_another_way(edit, copy: Path) -> None:
+    path = copy / "config.json"
+    plain = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(plain.items())), indent=7))
+    verify_split(copy)
+    load_split(copy)
+    path.write_text(json.dumps(plain | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(CheckpointError, match=r"config\.json: .* changed after it was saved"):
+        verify_split(copy)
+    # As it was written before there was a digest of it.
+    edit(copy, lambda section: section.pop("config_sha256"))
+    verify_split(copy)
+    load_split(copy)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -45,6 +46,8 @@ def test_the_ortho_file_holds_the_memory_and_nothing_else_does(digest_of, saved:
     assert not any("ortho" in name.split(".") for name in base)
     config = json.loads((saved / "config.json").read_text())
     layers = {f"model.layers.{i}.mlp.down_proj": "sparse" for i in (0, 1)}
+    rest = {key: value for key, value in config.items() if key != "quantization_config"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     assert config["quantization_config"] == {
         "quant_method": "libortho",
         "format_version": 1,
@@ -56,6 +59,7 @@ def test_the_ortho_file_holds_the_memory_and_nothing_else_does(digest_of, saved:
         "buffer_dtypes": {
             f"model.rotary_emb.{name}": "float32" for name in ("inv_freq", "original_inv_freq")
         },
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     assert json.loads((saved / "ortho_config.json").read_text()) == {
         "quant_method": "libortho",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,3 +130,41 @@ def running(serve: Serve) -> Iterator[Running]:
     """One server with the usual policy, for all tests that do not change it."""
     with serve() as server:
         yield server
+
+
+# -- what tests do with them -------------------------------------------------------
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _complete(client: openai.OpenAI, prompt: str, alpha: float | None = None, **more: Any) -> Any:
+    extra = {} if alpha is None else {"extra_body": {"alpha": alpha}}
+    given = {"model": "canary", "temperature": 0, "max_tokens": 24, **more}
+    return client.completions.create(prompt=prompt, **given, **extra)
+
+
+def _wait_until(true: Any, seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def lines() -> Callable[[Path], list[dict[str, Any]]]:
+    """`lines(path)`: the objects of a file of JSON lines."""
+    return _lines
+
+
+@pytest.fixture(scope="session")
+def complete() -> Callable[..., Any]:
+    """`complete(client, prompt, alpha, **more)`: a greedy completion of at most 24 tokens."""
+    return _complete
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., None]:
+    """`wait_until(true, seconds)`: until `true()` is, or fail."""
+    return _wait_until

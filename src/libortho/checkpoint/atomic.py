@@ -10,19 +10,20 @@ import stat
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from libortho.checkpoint.manifest import is_split
 from libortho.checkpoint.names import PathLike
+from libortho.files import scratch, sweep
 
 
 @contextmanager
 def replacing(folder: Path, partial: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder to write into; it takes the place of `folder` when the block ends well.
 
-    It is `partial` where that is given, on the disk of `folder`, and what a process that was killed
-    left there is removed first; else it has a name of its own beside `folder`.
+    It is `partial` where that is given, on the disk of `folder`, else it has a name of its own
+    beside `folder`. What a killed process left there is removed first (see `sweep_beside`).
 
     A split checkpoint that stands there is replaced as a whole, with everything in it but its
     permissions. If anything raises, it is back in its place and nothing of the new one remains. On
@@ -37,23 +38,36 @@ def replacing(folder: Path, partial: Path | None = None) -> Iterator[Path]:
     target = Path(os.path.realpath(folder))
     _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    sweep_beside(target)
+    place: AbstractContextManager[Path]
     if partial is None:
-        partial = _sibling(target, "partial")
-    elif partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        # Closed to others until its files have the permissions that they are to have.
-        mode = stat.S_IMODE((target if target.exists() else partial).stat().st_mode)
-        partial.chmod(0o700)
-        yield partial
-        _sync_tree(partial)
-        partial.chmod(mode)
-        _check_replaceable(target)
-        _swap(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        place = scratch(target.parent, _prefix(target, "partial"), folder=True, mode=0o777)
+    else:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        place = nullcontext(partial)
+    with place as partial:
+        try:
+            # Closed to others until its files have the permissions that they are to have.
+            mode = stat.S_IMODE((target if target.exists() else partial).stat().st_mode)
+            partial.chmod(0o700)
+            yield partial
+            _sync_tree(partial)
+            partial.chmod(mode)
+            _check_replaceable(target)
+            _swap(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def sweep_beside(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote `folder` left beside it."""
+    target = Path(os.path.realpath(folder))
+    sweep(target.parent, _prefix(target, "partial"))
+    if target.exists():  # else the old one is the only one
+        sweep(target.parent, _prefix(target, "old"))
 
 
 def check_writable(folder: PathLike) -> None:
@@ -84,8 +98,8 @@ def _check_replaceable(target: Path) -> None:
         )
 
 
-def _sibling(target: Path, word: str) -> Path:
-    return target.parent / f".{target.name}.{word}-{secrets.token_hex(6)}"
+def _prefix(target: Path, word: str) -> str:
+    return f".{target.name}.{word}-"
 
 
 def _swap(partial: Path, target: Path) -> None:
@@ -99,7 +113,7 @@ def _swap(partial: Path, target: Path) -> None:
             raise
         _remove_old(partial)
     else:
-        old = _sibling(target, "old")
+        old = target.parent / f"{_prefix(target, 'old')}{secrets.token_hex(6)}"
         os.rename(target, old)
         try:
             _move_in(partial, target)
@@ -139,6 +153,8 @@ def _remove_old(old: Path) -> None:
     # stays behind may hold an ortho stream, so it must not go unsaid either.
     try:
         shutil.rmtree(old)
+    except FileNotFoundError:  # another process sweeps it away, too
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         warnings.warn(f"the replaced checkpoint is still at {old}: {error}", stacklevel=2)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from libortho.checkpoint.atomic import replacing
+from libortho.checkpoint.atomic import replacing, sweep_beside
 from libortho.checkpoint.keys import OrthoKey, current_access, ortho_access
 from libortho.checkpoint.manifest import (
     Encryption,
@@ -39,6 +39,8 @@ def encrypt_split(folder: PathLike, key: OrthoKey) -> None:
         OSError: it cannot be written.
     """
     folder = Path(folder)
+    # Also where it is encrypted already: killed at its end, an earlier call left the plain one.
+    sweep_beside(folder)
     manifest, ortho = _read(folder)
     if ortho.encryption is not None:
         raise CheckpointError(

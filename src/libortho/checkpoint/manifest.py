@@ -8,7 +8,10 @@ other, but for the base's digest, which is what binds the two.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +66,8 @@ class Manifest:
         buffer_dtypes: floating buffers that are not stored but computed from the config (rotary
             frequencies), name -> dtype that they had, where that is not what a model has that is
             built from the config.
+        config_sha256: hex digest of the rest of `config.json` (`config_digest`), since one changed
+            number in it is another model; None, and not in the file, where an older version wrote.
     """
 
     quant_method: Literal["libortho"]
@@ -73,10 +78,14 @@ class Manifest:
     layers: dict[str, LayerEntry]
     tied: dict[str, str]
     buffer_dtypes: dict[str, FloatName]
+    config_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return dataclasses.asdict(self)
+        plain = dataclasses.asdict(self)
+        if self.config_sha256 is None:
+            del plain["config_sha256"]
+        return plain
 
 
 @dataclass(frozen=True)
@@ -162,12 +171,34 @@ def parse_manifest(plain: Any) -> Manifest:
     for name, layer in manifest.layers.items():
         if min(layer.shape) < 1:
             raise ValueError(f"layers.{name}.shape={layer.shape}: expected two numbers above 0")
-    for key in ("base_sha256", "streams_sha256"):
-        _check_digest(key, getattr(manifest, key))
+    for key in ("base_sha256", "streams_sha256", "config_sha256"):
+        if plain.get(key) is not None:
+            _check_digest(key, plain[key])
     for name in (*manifest.layers, *manifest.tied, *manifest.tied.values()):
         if is_ortho_name(name):
             raise ValueError(f"{name} is an ortho tensor: the base must not hold any")
     return manifest
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a `config.json` less its manifest: as compact JSON, keys sorted, ASCII only."""
+    rest = {key: config[key] for key in config if key != SECTION}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_config(folder: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError where the rest of `config.json` is not as it was saved."""
+    path = folder / CONFIG
+    if manifest.config_sha256 is None:
+        return
+    with blame(path):
+        found = config_digest(read_object(path))
+        if found != manifest.config_sha256:
+            raise ValueError(
+                f"the sha256 of the model's config is {found[:12]}..., config_sha256 says "
+                f"{manifest.config_sha256[:12]}...: it was changed after it was saved"
+            )
 
 
 def read_ortho_manifest(folder: Path, manifest: Manifest) -> OrthoManifest | None:

@@ -1,29 +1,37 @@
 """The finished layers of a split that is being made, one file each: what a killed run goes on from.
 
 A file appears under its name when its layer is finished, whole and on the disk, so that the folder
-is its own journal. It holds the ortho stream beside the base, and is open to its owner alone.
+is its own journal. It holds the ortho stream beside the base, and is open to its owner alone. Where
+ortho streams are written encrypted, this one is too, in a file of its own that was there before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from libortho.checkpoint.atomic import sync
-from libortho.checkpoint.manifest import LayerEntry
+from libortho.checkpoint.keys import OrthoKey
+from libortho.checkpoint.manifest import LayerEntry, is_ortho_name
 from libortho.checkpoint.schema import blame, decode, read_object
+from libortho.checkpoint.sealed import seal, unseal
 from libortho.checkpoint.skeleton import empty_layer
 from libortho.checkpoint.streams import base_names, ortho_names, storage_of
-from libortho.checkpoint.tensorfile import TensorEntry, opened, read_entries, read_tensor
-from libortho.files import write_json
+from libortho.checkpoint.tensorfile import (
+    TensorEntry,
+    digest,
+    opened,
+    read_entries,
+    read_tensor,
+)
+from libortho.files import remove, replacing, write_json
 from libortho.layer import OrthoLinear
 from libortho.report import LayerReport, Split
 
@@ -42,7 +50,7 @@ class LayerPart:
     """
 
     layer: LayerEntry
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] = field(repr=False)
     report: LayerReport
 
     @classmethod
@@ -65,19 +73,23 @@ class Parts(Mapping[str, Tensor]):
     Args:
         folder: new, or of an earlier run that was to do the same.
         made_of: JSON-ready; whatever decides what the parts will be.
+        key: the ortho streams are encrypted with it; None leaves them plain.
 
     Attributes:
         folder: as given.
         reports: module name -> report, of the layers that are finished.
 
     Raises:
-        ValueError: the folder is of a run with another `made_of`.
+        ValueError: the folder is of a run with another `made_of` or key.
         CheckpointError: a file in it is damaged.
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, folder: Path, made_of: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, made_of: dict[str, Any], key: OrthoKey | None = None) -> None:
         self.folder = folder
+        self._key = key
+        if key is not None:
+            made_of = {**made_of, "key": key.id}
         self.reports: dict[str, LayerReport] = {}
         self._layers: dict[str, LayerEntry] = {}
         self._entries: dict[str, TensorEntry] = {}
@@ -92,6 +104,9 @@ class Parts(Mapping[str, Tensor]):
                     "finish that one, or remove the folder"
                 )
         else:
+            # What is there without it is of a run that was killed while it removed the folder.
+            for path in folder.glob("*.*"):
+                remove(path)
             write_json(journal, made_of)
         for path in sorted(folder.glob("*.safetensors")):
             self._read(path)
@@ -99,15 +114,21 @@ class Parts(Mapping[str, Tensor]):
     def add(self, part: LayerPart) -> None:
         """Keep a finished layer; it is on the disk when this returns."""
         path = self.folder / f"{len(self.reports):06d}.safetensors"
-        unfinished = path.with_suffix(".unfinished")
         metadata = {
             "base": part.layer.base,
             "report": json.dumps(dataclasses.asdict(part.report)),
         }
-        unfinished.touch(mode=0o600)
-        save_file(part.tensors, str(unfinished), metadata=metadata)
-        sync(unfinished)
-        os.replace(unfinished, path)
+        apart = {n for n in part.tensors if self._key is not None and is_ortho_name(n)}
+        with replacing(path) as partial:
+            plain = {n: tensor for n, tensor in part.tensors.items() if n not in apart}
+            save_file(plain, str(partial), metadata=metadata)
+            partial.chmod(0o600)
+            sync(partial)
+            if self._key is not None:
+                content = save({n: part.tensors[n] for n in apart})
+                with replacing(_sealed(path)) as sealed:
+                    sealed.write_bytes(seal(content, self._key, digest(read_entries(partial))))
+                    sync(sealed)
         sync(self.folder)
         self._read(path)
 
@@ -118,7 +139,11 @@ class Parts(Mapping[str, Tensor]):
             plain = {"shape": list(report.shape), "base": metadata["base"]}
             self._layers[report.name] = decode(LayerEntry, plain, "base")
         self.reports[report.name] = report
-        self._entries |= read_entries(path)
+        entries = read_entries(path)
+        self._entries |= entries
+        if self._key is not None:
+            sealed = _sealed(path)
+            self._entries |= read_entries(sealed, unseal(sealed, self._key, digest(entries)))
 
     def layers(self, names: Iterable[str]) -> dict[str, OrthoLinear]:
         """Split layers without data (meta device), in the order of `names`."""
@@ -138,3 +163,7 @@ class Parts(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _sealed(path: Path) -> Path:
+    return path.with_suffix(".ortho.enc")

@@ -71,9 +71,11 @@ def load_split(
                 local_files_only=True,
                 trust_remote_code=False,
             )
-    except (LibOrthoError, OSError, MemoryError, RuntimeError):
+    except (LibOrthoError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a config or a model's class raises on a config from disk
+        if isinstance(error, RuntimeError) and "allocate" in str(error):
+            raise  # torch's word for no memory on the CPU
         raise CheckpointError(
             f"{folder / CONFIG}: no causal LM can be built from it "
             f"({type(error).__name__}: {error})"

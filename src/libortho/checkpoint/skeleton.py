@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from libortho.checkpoint.manifest import LayerEntry, OrthoKind
+from libortho.checkpoint.manifest import LayerEntry, OrthoKind, check_config
 from libortho.checkpoint.names import CONFIG
 from libortho.checkpoint.reports import read_reports
 from libortho.checkpoint.schema import blame, read_object
@@ -59,12 +59,14 @@ def prepare(model: PreTrainedModel, found: Verified, dtype: torch.dtype) -> None
             saved in, every tensor gets its own, which need not be that one.
 
     Raises:
-        CheckpointError: the checkpoint's tensors are not those that this model needs.
+        CheckpointError: the checkpoint's tensors are not those that this model needs, or its config
+            was changed.
     """
     shapes = {name: entry.shape for name, entry in found.base_tensors.items()}
     shapes |= {name: shapes[source] for name, source in found.manifest.tied.items()}
     with blame(found.folder / CONFIG):
         check_fit(model, found.manifest.layers, shapes)
+    check_config(found.folder, found.manifest)
     as_saved = dtype == saved_dtype(found)
     reports = read_reports(found.folder, found.manifest.layers)
     layers = {}

@@ -10,6 +10,7 @@ from libortho.checkpoint.keys import OrthoKey, current_access, ortho_access
 from libortho.checkpoint.manifest import (
     Manifest,
     OrthoManifest,
+    check_config,
     is_ortho_name,
     read_manifest,
     read_ortho_manifest,
@@ -72,6 +73,7 @@ def verify_split(folder: PathLike, *, key: OrthoKey | None = None) -> Verified:
         found = check_split(folder)
     says = found.folder / CONFIG
     check_digest(says, "base", found.manifest.base_sha256, found.base_tensors)
+    check_config(found.folder, found.manifest)
     return found
 
 

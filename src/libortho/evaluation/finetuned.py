@@ -9,8 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from libortho.data.tokens import Tokens
-from libortho.files import cache_dir
+from libortho.files import cache_dir, scratch, sweep, unfinished
 from libortho.training import MemoriseConfig, Progress, memorise_
 
 CACHE_FORMAT = 1
@@ -74,11 +72,12 @@ def fine_tuned(
     digest = digest_of(model, items, recipe)
     folder = cache_dir() / "memorised" / digest
     marker = folder / "memorised.json"
+    state = folder.parent / f"{digest}.state"
     if marker.is_file():
+        _remove_state(state)  # a process that was killed may have left it
         held = json.loads(marker.read_text())
         return FineTuned(folder, int(held["epochs"]), held.get("seconds"), True)
     start = time.perf_counter()
-    state = folder.parent / f"{digest}.state"
     resumed = state.is_file()
     loaded = load_model(model)
     epochs = memorise_(
@@ -90,15 +89,21 @@ def fine_tuned(
     )
     seconds = None if resumed else time.perf_counter() - start
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-    try:
+    with scratch(folder.parent, unfinished(folder), folder=True) as partial:
         loaded.save_pretrained(partial)
         (partial / marker.name).write_text(json.dumps({"epochs": epochs, "seconds": seconds}))
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    state.unlink(missing_ok=True)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if not marker.is_file():  # another process was first: its model is as good
+                raise
+    _remove_state(state)
     return FineTuned(folder, epochs, seconds, False)
+
+
+def _remove_state(state: Path) -> None:
+    state.unlink(missing_ok=True)
+    sweep(state.parent, unfinished(state))
 
 
 def digest_of(model: str, items: Sequence[Tokens], recipe: MemoriseConfig) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from libortho.evaluation.entries import write_openunlearning
 from libortho.evaluation.suite import Evaluation
-from libortho.files import write_json
+from libortho.files import sweep, unfinished, write_json
 
 
 class JobFolder:
@@ -45,6 +45,7 @@ class JobFolder:
                     "choose another --out"
                 )
             return
+        sweep(path, unfinished(marker))  # of a job that was killed as it began
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(f"{path} exists and is not empty: choose another --out")
         path.mkdir(parents=True, exist_ok=True)

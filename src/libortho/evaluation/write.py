@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from libortho.evaluation.rows import COLUMNS
-from libortho.files import write_json
+from libortho.files import replacing, write_json, write_text
 
 if TYPE_CHECKING:
     from libortho.evaluation.canvas import Picture
@@ -35,9 +35,10 @@ def write_summary(summary: dict[str, Any], folder: Path) -> None:
 
     drawn = pictures(summary)
     write_json(folder / "summary.json", summary)
-    (folder / "report.html").write_text(render_report(summary, drawn), encoding="utf-8")
+    write_text(folder / "report.html", render_report(summary, drawn))
     for picture in drawn:
-        (folder / f"{picture.name}.png").write_bytes(picture.png())
+        with replacing(folder / f"{picture.name}.png") as partial:
+            partial.write_bytes(picture.png())
 
 
 def render_report(summary: dict[str, Any], drawn: Sequence[Picture]) -> str:

@@ -30,6 +30,9 @@ ROWS_AT_ONCE = 16
 ROWS_INT8PACK = 8
 """Up to here `_weight_int8pack_mm` is faster than dequantising and multiplying in bf16."""
 
+_ALIGNED = 64
+"""Bytes; a whole register of AVX-512."""
+
 
 def linear(
     x: Tensor,
@@ -96,6 +99,9 @@ def _with_torch(
     alpha: Tensor | None,
 ) -> Tensor:
     fits = qdata.dtype == torch.int8 and scale is not None and scale.shape[1] == 1
+    # torch's kernel loads both with instructions that end the process where they are not aligned,
+    # and weights that are mapped from a file stand wherever its header ends.
+    fits = fits and qdata.data_ptr() % _ALIGNED == 0 and x.data_ptr() % _ALIGNED == 0
     if not (fits and x.dtype == torch.bfloat16 and rows <= ROWS_INT8PACK):
         return reference.linear(x, qdata, scale, zero, bias, ortho, alpha)
     assert scale is not None

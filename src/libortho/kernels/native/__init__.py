@@ -17,14 +17,13 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from libortho.files import cache_dir
+from libortho.files import cache_dir, scratch, unfinished
 
 FLAGS = (
     "-std=c++20",
@@ -97,9 +96,9 @@ def build() -> Path:
         raise BuildError(f"torch {torch.__version__} is too old: 2.10 or later is needed")
     root = Path(torch.__file__).parent
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        # Built beside its place and moved there: a build that is killed leaves nothing behind.
-        target = Path(folder) / path.name
+    # Built beside its place and moved there; the next build removes what a killed one left.
+    with scratch(path.parent, unfinished(path), folder=True) as folder:
+        target = folder / path.name
         command = [program, *FLAGS, f"-I{root / 'include'}", str(_FOLDER / "ops.cpp")]
         command += ["-o", str(target), f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,0 +1,155 @@
+"""Damaged files, full queues, time-outs, clients that leave, batches that fail."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("openai")
+
+import httpx2
+import openai
+
+from libortho.serve.engine_transformers import TransformersEngine
+from libortho.serve.limits import Limits
+from libortho.serve.loading import load_for_serving
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.mark.parametrize("damage", ["missing", "unusable"])
+def test_without_its_ortho_only_alpha_0_is_served(
+    serve, canary, known, tmp_path, damage, complete
+) -> None:
+    import shutil
+
+    folder = tmp_path / "split"
+    shutil.copytree(canary, folder)
+    ortho = folder / "ortho.safetensors"
+    if damage == "missing":
+        ortho.unlink()
+        (folder / "ortho_config.json").unlink()
+    else:
+        data = bytearray(ortho.read_bytes())
+        data[-1] ^= 1
+        ortho.write_bytes(data)
+    limits = Limits(rows=4)
+    engine = TransformersEngine(load_for_serving(folder), limits)
+    prompt = next(p for p, a in known if a == 0)
+    with serve(engine=engine, limits=limits) as server:
+        client = server.client("full")
+        assert complete(client, prompt).choices[0].text == known[prompt, 0.0]
+        with pytest.raises(openai.InternalServerError) as error:
+            complete(client, prompt, 1)
+        assert (error.value.status_code, error.value.code) == (503, "alpha_unavailable")
+        assert f"the ortho stream is {damage}" in error.value.message
+        health = httpx2.get(f"{server.url}/healthz").json()
+        assert (health["status"], health["ortho"], health["max_alpha"]) == ("degraded", damage, 0)
+        assert httpx2.get(f"{server.url}/readyz").status_code == 200
+
+
+def test_a_damaged_base_is_not_served(canary, tmp_path) -> None:
+    import shutil
+
+    from libortho import CheckpointError
+
+    folder = tmp_path / "split"
+    shutil.copytree(canary, folder)
+    base = folder / "model.safetensors"
+    base.write_bytes(base.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"split/model\.safetensors"):
+        load_for_serving(folder)
+
+
+class Slow(TransformersEngine):
+    """An engine that takes a while for each token."""
+
+    pause = 0.05
+
+    def _turn(self) -> None:
+        time.sleep(self.pause)
+        super()._turn()
+
+
+def test_a_full_queue_is_a_429_and_nothing_is_lost(serve, loaded, complete) -> None:
+    limits = Limits(rows=1, queue=2)
+    with serve(engine=Slow(loaded, limits), limits=limits) as server:
+        client = server.client()
+        outcomes: list[Any] = []
+
+        def ask() -> None:
+            try:
+                outcomes.append(complete(client, "tell me", max_tokens=8).usage.completion_tokens)
+            except openai.RateLimitError as error:
+                outcomes.append(error.code)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outcomes.count("queue_full") >= 3
+        # Two where all of them arrive before the first is taken from the queue.
+        assert sum(isinstance(x, int) for x in outcomes) >= 2
+        assert len(outcomes) == 8
+        answer = httpx2.get(f"{server.url}/metrics").text
+        assert 'libortho_refused_total{code="queue_full"}' in answer
+
+
+def test_a_time_out_is_a_504_and_in_a_stream_an_event(
+    serve, loaded, lines, complete, wait_until
+) -> None:
+    limits = Limits(rows=2, request_seconds=1)
+    engine = Slow(loaded, limits)
+    engine.pause = 0.4
+    with serve(engine=engine, limits=limits) as server:
+        client = server.client()
+        with pytest.raises(openai.InternalServerError) as error:
+            complete(client, "tell me", max_tokens=50, stop=["</never>"])
+        assert (error.value.status_code, error.value.code) == (504, "timeout")
+        with pytest.raises(openai.APIError, match="took too long"):
+            list(complete(client, "tell me", max_tokens=50, stream=True))
+        wait_until(lambda: server.gate.engine.status().running == 0)
+        assert lines(server.audit)[-1]["status"] == 504
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(serve, loaded, stream, lines, wait_until) -> None:
+    limits = Limits(rows=2)
+    with serve(engine=Slow(loaded, limits), limits=limits) as server:
+        body = json.dumps(
+            {"model": "canary", "prompt": [1, 4], "max_tokens": 200, "stream": stream,
+             "temperature": 2, "stop": ["never"]}
+        )  # fmt: skip
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as raw:
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            raw.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+            wait_until(lambda: server.gate.engine.status().running == 1)
+        wait_until(lambda: server.gate.engine.status().running == 0)
+        wait_until(lambda: server.audit.read_text())
+        last = lines(server.audit)[-1]
+        assert (last["status"], last["code"]) in ((499, "client_gone"), (200, None))
+
+
+def test_a_batch_that_fails_is_a_500_and_the_next_one_works(
+    serve, loaded, monkeypatch, complete
+) -> None:
+    limits = Limits(rows=2)
+    engine = TransformersEngine(loaded, limits)
+    with serve(engine=engine, limits=limits) as server:
+        real = engine._batch.join
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._batch, "join", lambda *_: 1 / 0)
+            with pytest.raises(openai.InternalServerError) as error:
+                complete(server.client(), "tell me")
+            assert (error.value.status_code, error.value.code) == (500, "engine_failed")
+            assert "division" not in error.value.message
+        assert engine._batch.join == real
+        assert complete(server.client(), "tell me").choices
