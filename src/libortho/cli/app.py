@@ -108,6 +108,14 @@ def separate(
             "layers. Every machine of it must find MODEL under the same name."
         ),
     ] = None,
+    gather: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="With --ray: GiB of statistics that a worker returns at most (2; one layer's at "
+            "least). Less takes less memory and more passes over the text.",
+        ),
+    ] = None,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
@@ -126,8 +134,14 @@ def separate(
             template=check_template(template),
         )
         if stream:
-            sets = {"--forget": forget, "--retain": retain, "--unseen": unseen, "--before": before}
-            for option, value in sets.items():
+            unread = {
+                "--forget": forget,
+                "--retain": retain,
+                "--unseen": unseen,
+                "--before": before,
+                "--gather": gather,
+            }
+            for option, value in unread.items():
                 if value is not None:
                     raise ValueError(f"{option} with --stream: it would not be looked at")
             run_streamed(
@@ -152,6 +166,7 @@ def separate(
             forgotten=forgotten,
             json_file=json_file,
             ray=ray,
+            gathered_bytes=None if gather is None else int(gather * 2**30),
         )
 
 

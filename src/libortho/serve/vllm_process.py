@@ -87,8 +87,8 @@ def serve_command(
         if not fitting:
             raise ValueError(f"an adapter of rank {highest}: vLLM takes at most {RANKS[-1]}")
         modules = [f"{folder.name}={folder}" for folder in adapters.values()]
-        # One slot stays empty: on a CPU, vLLM 0.32 gives a request without an adapter the last slot's
-        # in a batch where another request has one (docs/serving-vllm.md).
+        # One slot stays empty: in a batch with adapters, vLLM 0.32 on a CPU gives a request without
+        # one that of the last slot (docs/serving-vllm.md).
         command += ["--enable-lora", "--max-lora-rank", str(fitting[0])]
         command += ["--max-loras", str(len(adapters) + 1), "--lora-modules", *modules]
     return command
