@@ -64,7 +64,8 @@ def with_edits(layers: Mapping[str, nn.Module], edits: Mapping[str, Edit]) -> It
     """Run `layers` with `edits` added, forward only."""
 
     def hook_of(edit: Edit) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        return lambda module, args, output: output + edit.output(args[0])
+        # accelerate brings an input to the layer's device out of a hook's sight.
+        return lambda module, args, output: output + edit.output(args[0].to(output.device))
 
     handles = [
         layers[name].register_forward_hook(hook_of(edit))
@@ -282,7 +283,7 @@ def _hooked(
         edit = edits.get(name)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0]
+            x = args[0].to(output.device)
             if edit is not None and not edit.empty:
                 output = output + edit.output(x)
             if not output.requires_grad:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from libortho.checkpoint import check_writable, save_split
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
 from libortho.data.examples import read_jsonl
+from libortho.devices import check_device_map, offloaded
 from libortho.evaluation.finetuned import load_model
 from libortho.report import SeparationReport
 from libortho.separate import SeparationConfig, check_forget, separate_
@@ -57,18 +58,23 @@ def run_separate(
     json_file: Path | None,
     ray: str | None,
     gathered_bytes: int | None,
+    device_map: str | None,
 ) -> None:
     """Read the sets, split the model, write the split and say what it came to."""
     # Everything that can be wrong with the arguments is found before the model is loaded.
     if gathered_bytes is not None and ray is None:
         raise ValueError("--gather is for --ray: it bounds what a worker returns")
+    if device_map is not None:
+        check_device_map(device_map)
+        if ray is not None:
+            raise ValueError("--device-map with --ray: each worker loads the model by itself")
     check_writable(out)
     forget_set = None if forget is None else read_jsonl(forget)
     check_forget(config, forget_set)
     retain_set = read_jsonl(retain)
     unseen_set = None if unseen is None else read_jsonl(unseen)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    loaded = load_model(model)
+    loaded = load_model(model, device_map)
     with progress_bars() as progress, _cluster(ray, model, gathered_bytes) as workers:
         report = separate_(
             loaded,
@@ -76,7 +82,7 @@ def run_separate(
             retain_set,
             config,
             tokenizer=tokenizer,
-            before=None if before is None else load_model(before),
+            before=None if before is None else load_model(before, device_map),
             unseen=unseen_set,
             progress=progress,
             workers=workers,
@@ -88,6 +94,7 @@ def run_separate(
         report=report,
         base_model=None if Path(model).exists() else model,
         forgotten=forgotten,
+        stored=offloaded(loaded),
     )
     _tell(report, out, json_file)
     if report.reached is False:
