@@ -139,6 +139,7 @@ class Placed(Tensor):
     """A tensor of the CPU that says it is on another device, and meets those of that one alone."""
 
     inner: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device) -> Placed:
@@ -195,7 +196,7 @@ class Factories(TorchDispatchMode):
 
 
 def place(module: nn.Module, device: torch.device) -> None:
-    """Move a module, and bring its inputs there as accelerate does, unseen by hooks on it."""
+    """Move a module; its inputs are brought there, and its output back, as accelerate does it."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     class Here(AlignDevicesHook):
@@ -205,12 +206,13 @@ def place(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                moved = Placed(parameter.detach(), device)
+                held = parameter.detach()
+                moved = Placed(held.inner if isinstance(held, Placed) else held, device)
                 part._parameters[name] = nn.Parameter(moved, requires_grad=False)
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = Placed(buffer, device)
-    add_hook_to_module(module, Here(device))
+    add_hook_to_module(module, Here(device, io_same_device=isinstance(module, nn.Linear)))
 
 
 @pytest.fixture

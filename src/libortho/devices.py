@@ -39,7 +39,7 @@ def device_of(module: nn.Module) -> torch.device:
     """Where a module computes, and so where its inputs have to be."""
     for hook in _hooks(module):
         if hook.execution_device is not None:
-            return torch.empty(0, device=hook.execution_device).device
+            return torch.device(hook.execution_device)
     return next(module.parameters()).device
 
 

@@ -134,11 +134,6 @@ def edit_streams(
 
 def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
     journal, layers = problem.journal, problem.layers
-    with journal.stage("sensitivity"):
-        journal.tell("sensitivity", 0, 1)
-        sample = spread(problem.kept, SENSITIVITY_TOKENS)
-        sensitivity = output_sensitivity(problem.model, layers, sample, method.seed)
-        journal.tell("sensitivity", 1, 1)
     groups = layer_groups(problem.workers, problem.widths)
     total = len(groups) * sum(len(items) for items in problem.kept)
     seen = 0
@@ -149,9 +144,16 @@ def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
         journal.tell("statistics", seen, total)
 
     metrics: dict[str, Metric] = {}
+    sensitivity: dict[str, float] = {}
     for group in groups:
         with journal.stage("statistics"):
             moments = [_moments(problem, group, items, tick=tick) for items in problem.kept]
+        if not sensitivity:  # second: where activations are not finite, the moments name the layer
+            with journal.stage("sensitivity"):
+                journal.tell("sensitivity", 0, 1)
+                sample = spread(problem.kept, SENSITIVITY_TOKENS)
+                sensitivity = output_sensitivity(problem.model, layers, sample, method.seed)
+                journal.tell("sensitivity", 1, 1)
         pieces = {
             name: Piece(
                 _factored,
