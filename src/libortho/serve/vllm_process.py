@@ -99,7 +99,7 @@ def vllm_server(
     export: Path,
     adapters: Mapping[float, Path],
     more: Sequence[str] = (),
-    seconds: float = 900,
+    seconds: float = 3600,
 ) -> Iterator[str]:
     """Run vLLM on an export for as long as the block runs.
 
