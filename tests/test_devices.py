@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -216,11 +215,7 @@ def place(module: nn.Module, device: torch.device) -> None:
 
 
 @pytest.fixture
-def two_devices(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(
-        "transformers.models.llama.modeling_llama.maybe_autocast",
-        lambda **_: nullcontext(),  # torch knows of no autocast on such a device
-    )
+def two_devices() -> Iterator[None]:
     with Factories():
         yield
 
