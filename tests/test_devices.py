@@ -153,6 +153,9 @@ class Placed(Tensor):
         made.inner = inner
         return made
 
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
     @classmethod
     def __torch_dispatch__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
