@@ -115,7 +115,8 @@ bench-scaling: dev ## Ray on one and two workers, and larger models on paper
 	$(BIN)/python benchmarks/scaling.py --cluster
 
 bench-serving: dev ## requests a second beside plain transformers (SPLIT=a split, MODEL=its original)
-	$(BIN)/python benchmarks/serving.py $(SPLIT) --original $(MODEL)
+	$(BIN)/python benchmarks/serving.py $(SPLIT) --original $(MODEL) \
+	  --json benchmarks/results/serving.json
 
 crosstalk: dev   ## 5,000 requests at mixed alphas over 64 connections: no answer depends on another
 	$(BIN)/python benchmarks/crosstalk.py

@@ -42,6 +42,8 @@ RESULT = Path(__file__).parent / "results" / "scaling.json"
 GPUS = (8, 16, 32, 64)
 SIZES = ((512, 1024), (1024, 2048))
 TOKENS = 512
+HIDDEN, INNER = 768, 2048
+"""Sides of the layers of the model for --cluster: about a second each on one core."""
 
 ASSUMED: dict[str, float] = {
     "gpu_operations_per_second": 4e14,  # of a bf16 matrix product: 40 % of an H100's peak
@@ -53,6 +55,7 @@ ASSUMED: dict[str, float] = {
     "network_bytes_per_second": 5e10,  # of each machine: 400 Gbit/s
     "gpus_per_machine": 8,
     "dollars_per_gpu_hour": 2.5,
+    "gathered_bytes": 6.4e10,  # --gather 60: of a group of layers' statistics
     "calibration_tokens": 100_000,
     "forget_tokens": 6_000,
     "tokens_per_step": 800,  # of the descent: a batch of answers and one of retain text
@@ -166,8 +169,12 @@ def on_paper(model: Model, gpus: int, share: Mapping[str, float]) -> dict[str, f
     narrow = {"factor": a["gpu_fp64_over_bf16"], "whiten": a["gpu_fp32_over_bf16"]}
     rate = {step: product * narrow.get(step, 1.0) * share[step] for step in OPERATIONS}
     moments = model.total(lambda m, n: 2 * 4.0 * n * n)
-    # A machine's share of a replica holds its layers' weights, moments and factors.
-    needed = 2 * model.parameters + moments + model.total(lambda m, n: 4.0 * n * n)
+    # A group of layers is gathered and factored before the next one: a replica holds all weights
+    # and factors, and one group's moments; the calibration text runs once for each group.
+    largest = max(2 * 4.0 * n * n for _, _, n, _ in model.layers)
+    group = min(moments, max(a["gathered_bytes"], largest))
+    groups = math.ceil(moments / group)
+    needed = 2 * model.parameters + group + model.total(lambda m, n: 4.0 * n * n)
     usable = a["gpu_bytes"] * a["usable_share_of_gpu_bytes"]
     span = max(1, math.ceil(needed / usable))
     replicas = gpus // span
@@ -175,7 +182,7 @@ def on_paper(model: Model, gpus: int, share: Mapping[str, float]) -> dict[str, f
         return {"gpus_of_a_replica": span, "replicas": 0, "needed_bytes": needed}
     # A replica's GPUs hold consecutive layers and take turns (device_map), so one of them works.
     tokens = a["calibration_tokens"] + a["forget_tokens"]
-    forward = 2 * model.active * tokens / rate["product"]
+    forward = groups * 2 * model.active * tokens / rate["product"]
     squares = sum(c * 2 * s * tokens * n * n for c, _, n, s in model.layers) / rate["moment"]
     method = GeometricConfig()
     found = method.find_steps * (
@@ -199,6 +206,7 @@ def on_paper(model: Model, gpus: int, share: Mapping[str, float]) -> dict[str, f
     return {
         "gpus_of_a_replica": span,
         "replicas": replicas,
+        "groups_of_layers": groups,
         "needed_bytes": needed,
         "bytes_of_a_gpu": needed / span,
         "moved_bytes": moved,
@@ -219,10 +227,10 @@ def cluster(layers: int) -> dict[str, Any]:
 
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"layers": layers, "shape": [1024, 4096]}
+    found: dict[str, Any] = {"layers": layers, "shape": [HIDDEN, INNER]}
     with tempfile.TemporaryDirectory() as name:
         model, how = Path(name) / "model", SeparationConfig(SpectralConfig())
-        sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": layers}
+        sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers}
         heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1000}
         LlamaForCausalLM(LlamaConfig(**sizes, **heads)).bfloat16().save_pretrained(model)
 

@@ -20,13 +20,20 @@ from libortho import (
     SpectralConfig,
     separate_,
 )
-from libortho.calibration import second_moments
+from libortho.calibration import Moments, second_moments
 from libortho.checkpoint import save_split
 from libortho.data.tokens import Tokens, batches
 from libortho.evaluation.finetuned import load_model
 from libortho.integrations.ray import RayWorkers
 from libortho.streaming import separate_streamed
-from libortho.workers import Piece, ThisProcess, moments_apart
+from libortho.workers import (
+    GATHERED_BYTES,
+    Piece,
+    ThisProcess,
+    layer_groups,
+    moments_apart,
+    moments_bytes,
+)
 
 pytest.importorskip("transformers")
 
@@ -106,6 +113,54 @@ def test_neither_order_nor_process_changes_a_bit(
     assert files(tmp_path / "forwards") == files(tmp_path / "backwards")
 
 
+def test_groups_of_layers() -> None:
+    widths = {"a": 100, "b": 100, "c": 300, "d": 100, "e": 100}  # 80 kB each, "c" 720
+    workers = Backwards(Path("model"))
+    for size, expected in {
+        1: ["a", "b", "c", "d", "e"],
+        159_999: ["a", "b", "c", "d", "e"],
+        160_000: ["ab", "c", "de"],
+        880_000: ["abc", "de"],
+        10**9: ["abcde"],
+    }.items():
+        workers.gathered_bytes = size
+        assert ["".join(group) for group in layer_groups(workers, widths)] == expected, size
+    assert layer_groups(ThisProcess(), widths) == [list(widths)]
+    assert moments_bytes(100) == sum(
+        part.nbytes for part in (Moments.zeros(100, torch.device("cpu")).body,) * 2
+    )
+
+
+@pytest.mark.parametrize("method", ["descent", "projection"])
+def test_groups_change_no_bit_and_bound_what_a_piece_returns(
+    model: Path, tmp_path: Path, random_tokens, method: str
+) -> None:
+    items = text(random_tokens, 40)
+    config = GeometricConfig(
+        edit=method, ortho_ratio=0.2, target_nll=5.0, find_steps=1, fit_steps=2
+    )
+    width = 64  # of the tiny Llama's down_proj
+    largest: dict[int, int] = {}
+
+    class Measured(Backwards):
+        def each(self, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Any]]:
+            for name, found in super().each(pieces):
+                if name.startswith("statistics"):
+                    size = sum(m.body.nbytes + m.first.nbytes for m in found.values())
+                    held = largest.get(self.gathered_bytes, 0)
+                    largest[self.gathered_bytes] = max(held, size)
+                yield name, found
+
+    sizes = [1, moments_bytes(width), GATHERED_BYTES]
+    for size in sizes:
+        workers = Measured(model)
+        workers.gathered_bytes = size
+        split(model, tmp_path / str(size), workers, config, items)
+        assert files(tmp_path / str(size)) == files(tmp_path / "1")
+    assert largest[1] == largest[sizes[1]] == moments_bytes(width)
+    assert largest[GATHERED_BYTES] > largest[1]
+
+
 @pytest.mark.parametrize("method", [SaliencyConfig(), CurvatureConfig()])
 def test_methods_with_nothing_to_share(model: Path, tmp_path: Path, random_tokens, method) -> None:
     with pytest.raises(ValueError, match=r"nothing to hand to workers.* 'geometric', 'spectral'"):
@@ -169,7 +224,8 @@ class Fatal:
     """Workers of which one is killed in the middle of the first set of pieces."""
 
     def __init__(self, workers: RayWorkers, mark: Path) -> None:
-        self._workers, self._mark, self.model = workers, mark, workers.model
+        self._workers, self._mark = workers, mark
+        self.model, self.gathered_bytes = workers.model, workers.gathered_bytes
         self.calls = 0
 
     def each(self, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Any]]:

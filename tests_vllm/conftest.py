@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +25,17 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: see `make test-vllm`")
 
+import openai
+
 HERE = Path(__file__).parent
+START_SECONDS = 3600
+"""A start takes 40 s on two free cores; one that has failed is noticed at once."""
+
+SMALL = "--enforce-eager --max-model-len 256 --max-num-seqs 32"
+"""vLLM's options on a small machine."""
+
+KEYS = {"full": "lo-full", "half": "lo-half"}
+"""Keys of the servers' policy, up to alpha 1 and 0.5."""
 
 
 @dataclass(frozen=True)
@@ -109,3 +126,108 @@ def ask(environment: dict[str, str]) -> Ask:
         return answers
 
     return run
+
+
+@dataclass(frozen=True)
+class Front:
+    """A `libortho serve --engine vllm` that runs.
+
+    Attributes:
+        url: of its own, with policy.
+        upstream: vLLM's.
+        audit: its log.
+        process: to end it.
+    """
+
+    url: str
+    upstream: str
+    audit: Path
+    process: subprocess.Popen[bytes]
+
+    def client(self, key: str = "nobody") -> openai.OpenAI:
+        """OpenAI's own client, with one of `KEYS`, or a key that nobody knows."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEYS.get(key, key), max_retries=0)
+
+    def health(self) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{self.url}/healthz", timeout=60) as answer:
+            return dict(json.load(answer))
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@contextmanager
+def _fronted(
+    folder: Path, split: Path, environment: dict[str, str], *options: str
+) -> Iterator[Front]:
+    """`libortho serve SPLIT --engine vllm` with these options, in a process of its own."""
+    from libortho.serve.keys import digest
+
+    policy, audit, log = folder / "policy.toml", folder / "audit.jsonl", folder / "log"
+    policy.write_text(
+        "version = 1\n"
+        + "".join(
+            f'[[keys]]\nid = "{name}"\nsha256 = "{digest(key)}"\nmax_alpha = {alpha}\n'
+            "requests_per_minute = 100000\n"
+            for (name, key), alpha in zip(KEYS.items(), (1.0, 0.5), strict=True)
+        )
+    )
+    port = free_port()
+    command = [
+        sys.executable, "-c", "from libortho.cli import app; app()",
+        "serve", str(split), "--engine", "vllm", "--name", "split", *options,
+        "--policy", str(policy), "--audit", str(audit), "--port", str(port),
+    ]  # fmt: skip
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + START_SECONDS
+        while not healthy(f"{url}/readyz"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
+            time.sleep(0.5)
+        started = re.search(r"starting vLLM on (\S+):", log.read_text())
+        yield Front(url, started[1] if started else "", audit, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+Fronted = Callable[..., AbstractContextManager[Front]]
+
+
+@pytest.fixture(scope="session")
+def fronted(
+    exports: Exports, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Fronted:
+    """`with fronted(options...) as front`: see `_fronted`."""
+
+    def run(*options: str) -> AbstractContextManager[Front]:
+        return _fronted(tmp_path_factory.mktemp("front"), exports.split, environment, *options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def front(exports: Exports, fronted: Fronted) -> Iterator[Front]:
+    """`libortho serve --engine vllm --export`, which starts a vLLM with base and both adapters."""
+    with fronted("--export", str(exports.peft), "--vllm-options", SMALL) as running:
+        yield running
+    # Whoever stops the front has stopped vLLM.
+    assert not healthy(f"{running.upstream}/health")

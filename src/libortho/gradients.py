@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from libortho.calibration import Moments, Tick, matmul_precision, position_weights
 from libortho.data.tokens import Batch, Tokens, batches
+from libortho.devices import device_of
 from libortho.scoring import predicted_logits
 
 if TYPE_CHECKING:
@@ -63,11 +64,14 @@ FactorGradient = tuple[Tensor, Tensor]
 def with_edits(layers: Mapping[str, nn.Module], edits: Mapping[str, Edit]) -> Iterator[None]:
     """Run `layers` with `edits` added, forward only."""
 
-    def hook_of(edit: Edit) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        return lambda module, args, output: output + edit.output(args[0])
+    def hook_of(
+        edit: Edit, device: torch.device
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        # accelerate moves inputs and outputs to and from the layer's device out of a hook's sight.
+        return lambda _, args, output: output + edit.output(args[0].to(device)).to(output.device)
 
     handles = [
-        layers[name].register_forward_hook(hook_of(edit))
+        layers[name].register_forward_hook(hook_of(edit, device_of(layers[name])))
         for name, edit in edits.items()
         if not edit.empty
     ]
@@ -279,16 +283,16 @@ def _hooked(
     """Call `collect(name, output gradient, input)` in each backward pass, edits being added."""
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        edit = edits.get(name)
+        edit, device = edits.get(name), device_of(layers[name])
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0]
+            x = args[0].to(device)
             if edit is not None and not edit.empty:
-                output = output + edit.output(x)
+                output = output + edit.output(x).to(output.device)
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             held = x.detach()
-            output.register_hook(lambda grad: collect(name, grad, held))
+            output.register_hook(lambda grad: collect(name, grad.to(device), held))
             return output
 
         return hook

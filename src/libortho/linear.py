@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from libortho.devices import stand_in, weights_here
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """True for transformers' `Conv1D` (GPT-2), a linear layer that stores (in, out).
@@ -29,7 +31,8 @@ def read_linear(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
             f"{name} is a {type(module).__name__}: expected a linear layer "
             "(torch.nn.Linear or transformers' Conv1D)"
         )
-    weight, bias = module.weight, module.bias
+    with weights_here(module):
+        weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     weight = weight.detach()
     if is_conv1d(module):
@@ -146,7 +149,7 @@ def install(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     old_to_new = {id(modules[name]): new for name, new in replacements.items()}
     slots: Iterable[tuple[nn.Module, str, nn.Module]] = [
-        (parent, child_name, old_to_new[id(child)])
+        (parent, child_name, stand_in(old_to_new[id(child)], child))
         for parent in modules.values()
         for child_name, child in parent._modules.items()
         if child is not None and id(child) in old_to_new

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from libortho.data.tokens import Batch, Tokens, batches
+from libortho.devices import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +57,7 @@ def predicted_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """
     check_vocabulary(model, batch)
     head = model.get_output_embeddings()
-    device = head.weight.device
+    device = device_of(head)
     predicts = batch.predicts.to(device)
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -25,6 +25,10 @@ SHARDS = 16
 """Most shards of a text whose statistics are gathered apart. Not a matter of how many workers there
 are: the shards decide the order of a sum, and with it the last bit."""
 
+GATHERED_BYTES = 2 * 2**30
+"""Most bytes of statistics that a piece returns, unless one layer's are more. Shards that are ready
+before their turn wait in the process that asked: at worst `SHARDS` times this."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -46,10 +50,14 @@ class Workers(Protocol):
     Attributes:
         model: a name under which each worker can load the model that is split (as `load_model`
             does); None where statistics are this process's own business.
+        gathered_bytes: most bytes of statistics that a piece should return; see `layer_groups`.
     """
 
     @property
     def model(self) -> str | None: ...
+
+    @property
+    def gathered_bytes(self) -> int: ...
 
     def each(self, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Any]]:
         """Yield (name, result) of every piece, as they are finished."""
@@ -60,11 +68,41 @@ class ThisProcess:
     """One piece after the other, in this process."""
 
     model: str | None = None
+    gathered_bytes = GATHERED_BYTES
 
     def each(self, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Any]]:
         """Yield (name, result) of every piece, in the order given."""
         for name, piece in pieces.items():
             yield name, piece.function(*piece.arguments)
+
+
+def layer_groups(workers: Workers, widths: Mapping[str, int]) -> list[list[str]]:
+    """Layers in the groups in which their statistics are gathered, in the order given.
+
+    A group's sums are at most `workers.gathered_bytes`, or one layer's; all layers are one group
+    where this process gathers them itself. Each group takes a pass over the text. Groups change no
+    bit: a layer's sums do not depend on what else is gathered.
+
+    Args:
+        widths: module name -> in_features.
+    """
+    if workers.model is None:
+        return [list(widths)]
+    groups: list[list[str]] = []
+    held = 0
+    for name, width in widths.items():
+        size = moments_bytes(width)
+        if not groups or held + size > workers.gathered_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def moments_bytes(width: int) -> int:
+    """Bytes of a layer's `Moments`: two fp32 squares of its in_features."""
+    return 2 * 4 * width * width
 
 
 def moments_apart(
@@ -83,7 +121,7 @@ def moments_apart(
 
     Args:
         workers: with a `model`.
-        widths: module name -> in_features, of the layers.
+        widths: module name -> in_features, of the layers; a group of them (`layer_groups`).
         items, weights, tick: as of `second_moments`; `tick` after each shard.
         model_bytes: of the model, for the memory that a piece is said to need.
     """
@@ -91,8 +129,8 @@ def moments_apart(
     step = -(-len(index) // SHARDS)
     starts = range(0, len(index), step)
     shards = [list(chain.from_iterable(index[i : i + step])) for i in starts]
-    # The sums of positions >= 1 and of position 0, and a batch's activations beside the model.
-    memory = model_bytes + 12 * sum(width * width for width in widths.values()) + 2**28
+    # The sums and a copy on its way, and a batch's activations beside the model.
+    memory = model_bytes + 2 * sum(map(moments_bytes, widths.values())) + 2**28
     pieces = {
         f"statistics {number}": Piece(
             _shard_moments,

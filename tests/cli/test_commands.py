@@ -81,6 +81,18 @@ def test_separate_eval_inspect_chat(folder: Path) -> None:
     assert set(turn["answers"]) == {"0.0", "1.0"}
 
 
+def test_on_a_device_of_ones_choice(folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    assert separate(folder, "--device-map", "cpu").exit_code in (0, 3)
+    for option in ([], ["--device-map", "cpu"]):
+        made = run(
+            "eval", folder / "split", "--text", folder / "forget.jsonl", *option,
+            "--json", folder / f"eval{len(option)}.json",
+        )  # fmt: skip
+        assert made.exit_code == 0, made.output
+    assert (folder / "eval0.json").read_text() == (folder / "eval2.json").read_text()
+
+
 def test_plain_text_is_evaluated_in_windows(folder: Path) -> None:
     assert separate(folder).exit_code in (0, 3)
     text = folder / "plain.txt"
@@ -160,6 +172,9 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
         ),
         (["--unseen", "missing.jsonl"], "no such file"),
         (["--before", "./missing"], "missing"),
+        (["--gather", "2"], "--gather is for --ray"),
+        (["--device-map", "many"], "--device-map 'many': expected auto, balanced"),
+        (["--device-map", "auto", "--ray", "auto"], "--device-map with --ray: each worker loads"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(folder: Path, more, told: str) -> None:
@@ -214,6 +229,7 @@ def test_streamed(folder: Path) -> None:
     [
         (["--stream"], "'geometric' runs the whole model"),
         (["--stream", "--method", "spectral", "--retain", "r"], "--retain with --stream: it would"),
+        (["--stream", "--method", "spectral", "--gather", "2"], "--gather with --stream: it would"),
         (["--method", "spectral"], "--retain is missing"),
     ],
 )

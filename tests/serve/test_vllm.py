@@ -9,7 +9,9 @@ import asyncio
 import itertools
 import json
 import os
+import signal
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from starlette.routing import Route
 
 from libortho.serve.engine_vllm import VllmEngine, parse_adapters
 from libortho.serve.limits import Limits
-from libortho.serve.vllm_process import find_adapters, serve_command, vllm_server
+from libortho.serve.vllm_process import find_adapters, program, serve_command, vllm_server
 
 
 class Upstream:
@@ -170,7 +172,7 @@ def test_an_adapter_that_is_not_loaded_on_this_base_is_not_served(
 def wait_until(true: Any) -> None:
     import time
 
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while not true():
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -229,6 +231,22 @@ def test_adapters_are_checked(options) -> None:
     assert parse_adapters(["1=a", "0.5=b"]) == {1.0: "a", 0.5: "b"}
 
 
+FAKE = """#!{python}
+import http.server, json, os, pathlib, sys, time
+if "--fail" in sys.argv: sys.exit(3)
+for word, value in zip(sys.argv, sys.argv[1:]):
+    if word in ("--starting", "--up"):
+        pathlib.Path(value + ".part").write_text(str(os.getpid()))
+        os.rename(value + ".part", value)
+if "--starting" in sys.argv: time.sleep(60)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(sys.argv).encode())
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
 @pytest.fixture
 def export(tmp_path) -> Path:
     folder = tmp_path / "export"
@@ -241,13 +259,25 @@ def export(tmp_path) -> Path:
     return folder
 
 
-def test_an_export_is_served_on_this_machine_alone(export) -> None:
+@pytest.fixture
+def command_line(tmp_path, monkeypatch) -> Path:
+    """Where the command `vllm` may stand; there is no vLLM in this environment."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.defpath}")
+    fake = tmp_path / "vllm"
+    fake.write_text(FAKE.format(python=sys.executable))
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    return fake
+
+
+def test_an_export_is_served_on_this_machine_alone(export, command_line) -> None:
     adapters = find_adapters(export)
     assert adapters == {1.0: export / "ortho", 0.5: export / "ortho-0.5"}
-    command = serve_command(export, adapters, 8123)
+    command = serve_command(export, adapters, 8123, ["--host", "0.0.0.0", "--max-loras", "1"])
     assert command[:3] == ["vllm", "serve", str(export / "base")]
-    pairs = dict(itertools.pairwise(command))
+    pairs = dict(itertools.pairwise(command))  # the last of each, as vLLM takes them
     assert (pairs["--host"], pairs["--port"]) == ("127.0.0.1", "8123")
+    assert pairs["--max-loras"] == "3", "without a spare slot, vLLM on a CPU leaks"
     assert pairs["--max-lora-rank"] == "16", "the least that vLLM knows and the adapters fit"
     modules = {f"ortho={export / 'ortho'}", f"ortho-0.5={export / 'ortho-0.5'}"}
     assert set(command[command.index("--lora-modules") + 1 :]) == modules
@@ -262,25 +292,17 @@ def test_an_export_is_served_on_this_machine_alone(export) -> None:
         serve_command(export, adapters, 1)
 
 
-FAKE = """#!{python}
-import http.server, json, sys
-if "--fail" in sys.argv: sys.exit(3)
-port = int(sys.argv[sys.argv.index("--port") + 1])
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(sys.argv).encode())
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
+def test_which_vllm_it_is(command_line, monkeypatch) -> None:
+    assert program() == ["vllm", "serve"]
+    command_line.unlink()
+    with pytest.raises(ValueError, match="vLLM is not there: install it, or give --upstream"):
+        program()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert program()[0] == sys.executable
+    assert program()[-1] == "--model"
 
 
-def test_the_process_is_started_and_stopped(export, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="the command vllm is not there"), vllm_server(export, {}):
-        pass
-    fake = tmp_path / "vllm"
-    fake.write_text(FAKE.format(python=sys.executable))
-    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.defpath}")
+def test_the_process_is_started_and_stopped(export, command_line) -> None:
     with vllm_server(export, find_adapters(export), seconds=60) as url:
         assert "--enable-lora" in httpx2.get(url).json()
     with pytest.raises(httpx2.ConnectError):
@@ -290,3 +312,20 @@ def test_the_process_is_started_and_stopped(export, tmp_path, monkeypatch) -> No
         vllm_server(export, {}, more=["--fail"], seconds=60),
     ):
         pass
+
+
+@pytest.mark.parametrize("when", ["starting", "up"])
+def test_sigterm_leaves_no_vllm_behind(export, command_line, tmp_path, when) -> None:
+    mark = tmp_path / "argv"
+    script = (
+        "import pathlib, time; from libortho.serve.vllm_process import vllm_server\n"
+        f"with vllm_server(pathlib.Path({str(export)!r}), {{}}, ['--{when}', {str(mark)!r}]):\n"
+        f"    pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    wait_until((mark if when == "starting" else tmp_path / "up").exists)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    number = int(mark.read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)

@@ -24,6 +24,7 @@ def load_split(
     device: torch.device | str | None = None,
     key: OrthoKey | None = None,
     base_only: bool = False,
+    device_map: str | None = None,
 ) -> PreTrainedModel:
     """Load a split model, bit for bit as it was saved; alpha starts at 0.
 
@@ -40,6 +41,8 @@ def load_split(
             the environment). It is decrypted in memory, never on a disk.
         base_only: leave an ortho stream alone, plain or encrypted: no key is needed, every ortho
             stream is None, and an alpha above 0 raises OrthoStreamMissing.
+        device_map: spread the model over devices, as of `from_pretrained` (needs accelerate);
+            instead of `device`.
 
     Returns:
         The model in eval mode, with no tensor that requires a gradient. Its attention
@@ -51,6 +54,7 @@ def load_split(
         OrthoLocked: the ortho stream is encrypted, there is no key, and not `base_only`.
         OSError: a file cannot be read, for want of permission, for instance.
         TypeError: `dtype` is no floating dtype.
+        ValueError: both `device` and `device_map` are given.
     """
     from transformers import AutoModelForCausalLM
 
@@ -58,6 +62,8 @@ def load_split(
 
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype={dtype!r}: expected a floating torch.dtype, or None as saved")
+    if device is not None and device_map is not None:
+        raise ValueError(f"device={device!r} and device_map={device_map!r}: give one of them")
     where = torch.device(device or "cpu")
     folder = Path(folder)
     read_manifest(folder)
@@ -70,6 +76,7 @@ def load_split(
                 dtype="auto" if dtype is None else dtype,
                 local_files_only=True,
                 trust_remote_code=False,
+                device_map=device_map,
             )
     except (LibOrthoError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -80,7 +87,8 @@ def load_split(
             f"{folder / CONFIG}: no causal LM can be built from it "
             f"({type(error).__name__}: {error})"
         ) from error
-    return model.requires_grad_(False).to(where)  # type: ignore[arg-type]
+    model.requires_grad_(False)
+    return model.to(where) if device_map is None else model  # type: ignore[arg-type]
 
 
 def _check_generation_config(folder: Path) -> None:

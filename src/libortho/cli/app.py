@@ -18,6 +18,7 @@ from libortho.cli.console import (
 from libortho.cli.export import export
 from libortho.cli.options import (
     Base,
+    DeviceMap,
     Json,
     Method,
     OrthoRatio,
@@ -108,6 +109,15 @@ def separate(
             "layers. Every machine of it must find MODEL under the same name."
         ),
     ] = None,
+    device_map: DeviceMap = None,
+    gather: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="With --ray: GiB of statistics that a worker returns at most (2; one layer's at "
+            "least). Less takes less memory and more passes over the text.",
+        ),
+    ] = None,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
@@ -126,8 +136,15 @@ def separate(
             template=check_template(template),
         )
         if stream:
-            sets = {"--forget": forget, "--retain": retain, "--unseen": unseen, "--before": before}
-            for option, value in sets.items():
+            unread = {
+                "--forget": forget,
+                "--retain": retain,
+                "--unseen": unseen,
+                "--before": before,
+                "--gather": gather,
+                "--device-map": device_map,
+            }
+            for option, value in unread.items():
                 if value is not None:
                     raise ValueError(f"{option} with --stream: it would not be looked at")
             run_streamed(
@@ -152,6 +169,8 @@ def separate(
             forgotten=forgotten,
             json_file=json_file,
             ray=ray,
+            gathered_bytes=None if gather is None else int(gather * 2**30),
+            device_map=device_map,
         )
 
 
@@ -163,6 +182,7 @@ def evaluate(
     ],
     alpha: Annotated[str, typer.Option(help="Comma-separated values in [0, 1].")] = "0,0.5,1",
     template: TemplateOption = "plain",
+    device_map: DeviceMap = None,
     json_file: Json = None,
     seed: Seed = 0,
 ) -> None:
@@ -177,6 +197,7 @@ def evaluate(
             template=check_template(template),
             json_file=json_file,
             seed=seed,
+            device_map=device_map,
         )
 
 

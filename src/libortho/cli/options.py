@@ -35,6 +35,13 @@ Method = Annotated[
 Base = Annotated[
     str, typer.Option(help="How the base is stored: int8, int4 (in groups of 64) or fp16.")
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Spread the model over devices: auto, balanced, balanced_low_0 or sequential "
+        "(accelerate's), or one device such as cuda:0; the CPU by default."
+    ),
+]
 TemplateOption = Annotated[
     str, typer.Option("--template", help="How a question becomes a prompt: plain or chat.")
 ]

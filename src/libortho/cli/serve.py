@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -76,6 +77,12 @@ def serve(
         Path | None,
         typer.Option(help="vllm: an export's folder; its server is then started and stopped here."),
     ] = None,
+    vllm_options: Annotated[
+        str,
+        typer.Option(
+            help="vllm: further options for the server that --export starts, in one string."
+        ),
+    ] = "",
 ) -> None:
     """Serve a split model: OpenAI's API, with `alpha` in each request and a policy that decides.
 
@@ -89,11 +96,15 @@ def serve(
         followed = Policy() if policy is None else read_policy(policy)
         if engine not in ("transformers", "vllm"):
             raise ValueError(f"--engine {engine!r}: expected transformers or vllm")
-        if engine == "transformers" and (upstream or base or adapter or export):
-            raise ValueError("--upstream, --base, --adapter and --export are for --engine vllm")
+        if engine == "transformers" and (upstream or base or adapter or export or vllm_options):
+            raise ValueError(
+                "--upstream, --base, --adapter, --export and --vllm-options are for --engine vllm"
+            )
+        _log()
         with ExitStack() as held:
             if engine == "vllm":
-                made = _vllm(folder, upstream, base, adapter or [], export, limits, held)
+                more = shlex.split(vllm_options)
+                made = _vllm(folder, upstream, base, adapter or [], export, more, limits, held)
             else:
                 made = _transformers(folder, dtype, dense, limits, template)
             page = folder if ui else None
@@ -116,6 +127,7 @@ def ui(
         from libortho.serve.limits import Limits
         from libortho.serve.policy import owner_policy
 
+        _log()
         limits = Limits()
         engine = _transformers(folder, dtype, dense, limits, template)
         hosts = ["127.0.0.1", "localhost"]
@@ -151,6 +163,12 @@ def new(
         console.print("It is not shown again; a running server learns of it on SIGHUP.")
 
 
+def _log() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+
+
 def _run(
     engine: Engine,
     limits: Limits,
@@ -164,14 +182,11 @@ def _run(
     page: Path | None,
     hosts: list[str] | None,
 ) -> None:
-    import logging
-
     from libortho.serve.app import create_app
     from libortho.serve.audit import AuditLog
     from libortho.serve.gate import Gate
     from libortho.serve.run import make_server
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     called = name or folder.resolve().name
     gate = Gate(engine, called, policy, limits, AuditLog(audit), policy_path)
     server = make_server(create_app(gate, page, hosts), gate, host, port)
@@ -207,6 +222,7 @@ def _vllm(
     base: str | None,
     adapters: list[str],
     export: Path | None,
+    more: list[str],
     limits: Limits,
     held: ExitStack,
 ) -> Engine:
@@ -217,9 +233,11 @@ def _vllm(
         if upstream or base or adapters:
             raise ValueError("--export starts a server: --upstream, --base, --adapter name another")
         found = find_adapters(export)
-        url = held.enter_context(vllm_server(export, found))
+        url = held.enter_context(vllm_server(export, found, more))
         named = {alpha: place.name for alpha, place in found.items()}
         return VllmEngine(folder, url, BASE, named, limits)
+    if more:
+        raise ValueError("--vllm-options are for the server that --export starts")
     if upstream is None or base is None:
         raise ValueError("--engine vllm needs --export DIR, or --upstream URL and --base NAME")
     return VllmEngine(folder, upstream, base, parse_adapters(adapters), limits)

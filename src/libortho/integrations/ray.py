@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from libortho.workers import Piece
+from libortho.config import check_count
+from libortho.workers import GATHERED_BYTES, Piece
 
 RETRIES = 5
 """Times that a piece is begun again when its worker is lost (memory full, or its machine gone)."""
@@ -32,13 +33,23 @@ class RayWorkers:
             where nothing but weights is looked at.
         threads: cores, and torch's threads, of one piece. Results are bit for bit those of this
             process on as many threads.
+        gathered_bytes: most bytes of statistics that a piece returns (one layer's at least): less
+            memory for more passes over the text.
 
     Raises:
+        ValueError: `gathered_bytes` is below 1.
         ImportError: Ray is not installed; the message says what to install.
         ConnectionError: no cluster answers at `address`.
     """
 
-    def __init__(self, address: str, model: str | None = None, threads: int = 1) -> None:
+    def __init__(
+        self,
+        address: str,
+        model: str | None = None,
+        threads: int = 1,
+        gathered_bytes: int = GATHERED_BYTES,
+    ) -> None:
+        check_count("gathered_bytes", gathered_bytes, 1)
         try:
             import ray
         except ImportError:
@@ -46,6 +57,7 @@ class RayWorkers:
                 "--ray needs Ray, which is not installed: pip install 'libortho[scale]'"
             ) from None
         self.model = model
+        self.gathered_bytes = gathered_bytes
         self._ray = ray
         self._threads = threads
         self._entered = not ray.is_initialized()

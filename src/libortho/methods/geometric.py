@@ -276,8 +276,10 @@ class Descent:
         # No layer can usefully take more than a few times its share; this caps the truncated SVD.
         share = budget / sum(sum(shape) for shape in shapes.values())
         self._candidates = max(16, math.ceil(8 * share))
-        self._left = {name: torch.zeros(rows, 0) for name, (rows, _) in shapes.items()}
-        self._right = {name: torch.zeros(0, columns) for name, (_, columns) in shapes.items()}
+        at = {name: metrics[name].factor.device for name in shapes}
+        self._left = {n: torch.zeros(rows, 0, device=at[n]) for n, (rows, _) in shapes.items()}
+        self._right = {n: torch.zeros(0, width, device=at[n]) for n, (_, width) in shapes.items()}
+        self._devices = [device for device in set(at.values()) if device.type == "cuda"]
         self._optimizer: torch.optim.Adam | None = None
 
     def _whiten(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -301,7 +303,7 @@ class Descent:
             return
         length = fraction * loss / square
         factors, strengths = {}, {}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(self._devices):
             torch.manual_seed(self._seed)
             for name, gradient in whitened.items():
                 update = gradient.mul_(-length).addmm_(

