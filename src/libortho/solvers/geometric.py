@@ -23,13 +23,15 @@ from libortho.forgetting import (
 )
 from libortho.goal import Goal
 from libortho.gradients import FactorGradient, output_sensitivity, with_edits
+from libortho.gram import Gram
+from libortho.linalg import WIDE
 from libortho.methods.geometric import (
     Descent,
     GeometricConfig,
     LowRankEdit,
     Metric,
+    Projection,
     parameter_budget,
-    project_edit,
     retain_metric,
 )
 from libortho.ortho import LowRankOrtho
@@ -108,7 +110,8 @@ def _each_layer(problem: Problem, stage: str, pieces: dict[str, Piece]) -> dict[
 def _memory(weight: Tensor) -> int:
     """Bytes that a layer's factorisation, or its quantisation, takes, about (an upper bound)."""
     rows, columns = weight.shape
-    return 16 * rows * columns + 24 * columns * columns
+    square = 4 * columns * columns
+    return 16 * rows * columns + (square if columns > WIDE else 6 * square)
 
 
 def _quantised(weight: Tensor, edit: LowRankEdit, metric: Metric, method: GeometricConfig) -> Split:
@@ -129,7 +132,7 @@ def edit_streams(
     """
     ortho = LowRankOrtho.from_factors(-edit.left, edit.right, getattr(torch, ortho_dtype))
     # What is stored of the factors, rounding included, is what the base must lack.
-    return Split(quantize(weight.float() - ortho.dense(), base, moment), ortho)
+    return Split(quantize(ortho.dense().neg_().add_(weight), base, moment), ortho)
 
 
 def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
@@ -143,7 +146,7 @@ def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
         journal.tell("statistics", seen, total)
 
     with journal.stage("statistics"):
-        moments = [_moments(problem, items, tick=tick) for items in problem.kept]
+        moments = _mean_moments(problem, tick)
     with journal.stage("sensitivity"):
         journal.tell("sensitivity", 0, 1)
         sample = spread(problem.kept, SENSITIVITY_TOKENS)
@@ -152,7 +155,7 @@ def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
     pieces = {
         name: Piece(
             _factored,
-            ([m[name] for m in moments], method.ridge, max(sensitivity[name], 1e-30), name),
+            (moments.pop(name), method.ridge, max(sensitivity[name], 1e-30), name),
             _memory(problem.weights[name]),
         )
         for name in layers
@@ -161,9 +164,26 @@ def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
         return _each_layer(problem, "factor", pieces)
 
 
-def _factored(moments: list[Moments], ridge: float, scale: float, name: str) -> Metric:
-    mean = sum((m.mean() for m in moments[1:]), moments[0].mean())
-    return retain_metric(mean / len(moments), ridge, scale, name)
+def _factored(moments: Moments, ridge: float, scale: float, name: str) -> Metric:
+    return retain_metric(moments.mean(), ridge, scale, name)
+
+
+def _mean_moments(problem: Problem, tick: Tick) -> dict[str, Moments]:
+    """Moments whose mean is the average over the kept sets, each set with the same weight.
+
+    In one sum for each layer: the sets before are counted as if they had the next one's size.
+    """
+    sizes = [(sum(len(i.ids) - 1 for i in items), len(items)) for items in problem.kept]
+    total: dict[str, Moments] = {}
+    for number, items in enumerate(problem.kept):
+        if number:
+            tokens, sequences = (
+                new / old for new, old in zip(sizes[number], sizes[number - 1], strict=True)
+            )
+            for moments in total.values():
+                moments.weigh_(tokens, sequences)
+        total = _moments(problem, items, tick=tick, into=total)
+    return total
 
 
 def _moments(
@@ -171,13 +191,16 @@ def _moments(
     items: list[Tokens],
     weights: list[Tensor] | None = None,
     tick: Tick | None = None,
+    into: dict[str, Moments] | None = None,
 ) -> dict[str, Moments]:
-    """Second moments, by workers where they can load the model."""
+    """Second moments, by workers where they can load the model; added to `into`."""
     if problem.workers.model is None:
-        return second_moments(problem.model, problem.layers, items, weights=weights, tick=tick)
+        return second_moments(
+            problem.model, problem.layers, items, weights=weights, tick=tick, into=into
+        )
     widths = {name: weight.shape[1] for name, weight in problem.weights.items()}
     size = sum(p.nbytes for p in problem.model.parameters())
-    return moments_apart(problem.workers, widths, items, weights, tick, size)
+    return moments_apart(problem.workers, widths, items, weights, tick, size, into)
 
 
 def _descend(
@@ -328,12 +351,12 @@ def _windows(items: list[Tokens]) -> list[Tokens]:
 def _project(
     problem: Problem, goal: Goal, metrics: dict[str, Metric], budget: int
 ) -> dict[str, LowRankEdit]:
-    means = _forget_moments(problem)
+    found = Projection(problem.weights, metrics, _forget_moments(problem), budget)
     # The least damage that forgets enough: bisect the share of the budget that is spent.
     low, high = 0.0, 1.0
     for step in range(6):
         share = 1.0 if step == 0 else (low + high) / 2
-        edits = project_edit(problem.weights, metrics, means, int(share * budget))
+        edits = found.edits(int(share * budget))
         with with_edits(problem.layers, edits):
             reached = answer_probability(sequence_nll(problem.model, problem.forget))
         stage = f"projection, p {reached:.3f} -> {goal.level:.3f}"
@@ -348,7 +371,7 @@ def _project(
     return best
 
 
-def _forget_moments(problem: Problem) -> dict[str, Tensor]:
+def _forget_moments(problem: Problem) -> dict[str, Gram]:
     weights = [torch.ones(item.targets) for item in problem.forget]
     moments = _moments(problem, problem.forget, weights)
     return {name: m.mean() for name, m in moments.items()}
