@@ -143,6 +143,24 @@ def test_repeating_a_text_changes_no_mean(tiny_llama, random_tokens) -> None:
         torch.testing.assert_close(once[name].mean().dense(), thrice[name].mean().dense())
 
 
+def test_sets_of_different_sizes_average_in_one_sum(tiny_llama, random_tokens) -> None:
+    model = tiny_llama()
+    layers = select_linear(model, "down_proj")
+    sets = [random_tokens([5] * 4), random_tokens([9, 30, 12], seed=1), random_tokens([7], seed=2)]
+    expected = {name: torch.zeros(64, 64, dtype=torch.float64) for name in layers}
+    total: dict[str, Moments] = {}
+    before = (1, 1)
+    for items in sets:
+        for name, m in direct(model, layers, items).items():
+            expected[name] += (m.body / m.tokens + m.first / m.sequences) / len(sets)
+        size = (sum(len(item.ids) - 1 for item in items), len(items))
+        for m in total.values():
+            m.weigh_(size[0] / before[0], size[1] / before[1])
+        total, before = second_moments(model, layers, items, into=total), size
+    for name, m in total.items():
+        torch.testing.assert_close(m.mean().dense().double(), expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_in_two_places_sees_both_inputs(tiny_llama, random_tokens) -> None:
     model = tiny_llama()
     model.model.layers[1].mlp.down_proj = model.model.layers[0].mlp.down_proj

