@@ -76,15 +76,18 @@ LAYERS = {False: (2, 4, 8, 16), True: (1, 2, 4)}
 
 
 class Stages:
-    """Seconds by stage."""
+    """Seconds by stage, and the processors' seconds by stage (of all threads together)."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.processor: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         yield
+        spent = time.process_time() - processor
+        self.processor[name] = self.processor.get(name, 0.0) + spent
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -180,6 +183,7 @@ def one_layer(way: str, shape: tuple[int, int], tokens: int) -> dict[str, Any]:
         "shape": list(shape),
         "tokens": tokens,
         "seconds": stage.seconds,
+        "processor_seconds": stage.processor,
         "extra_bytes": peak - before,
         "weight_bytes": weight.nbytes,
     }
@@ -211,7 +215,7 @@ def whole_model(path: Path, tokens: int, descent: bool) -> dict[str, Any]:
     layers = select_linear(model, "down_proj")
     weights = {name: layer.weight.detach() for name, layer in layers.items()}
     retain = calibration_text(path, tokens)
-    seconds = {"bare": 0.0, "statistics": 0.0}
+    stage = Stages()
     rounds = max(1, min(10, tokens // 4096))
     moments: dict[str, Moments] = {}
     with torch.no_grad():
@@ -224,14 +228,11 @@ def whole_model(path: Path, tokens: int, descent: bool) -> dict[str, Any]:
                 ),
             }
             for name in sorted(turns, reverse=turn % 2 == 0):
-                start = time.perf_counter()
-                turns[name]()
-                if turn >= 0:
-                    seconds[name] += time.perf_counter() - start
-        start = time.perf_counter()
-        for found in moments.values():
-            found.body.dense()
-        seconds["statistics"] += time.perf_counter() - start
+                with stage(name if turn >= 0 else "not counted"):
+                    turns[name]()
+        with stage("statistics"):
+            for found in moments.values():
+                found.body.dense()
     moments.clear()
     tokenizer = AutoTokenizer.from_pretrained(path)
     forget = [encode(example, tokenizer) for example in embedded_task().forget]
@@ -251,8 +252,9 @@ def whole_model(path: Path, tokens: int, descent: bool) -> dict[str, Any]:
         "shape": list(next(iter(weights.values())).shape),
         "tokens": sum(len(item.ids) for item in retain),
         "forget_tokens": sum(item.targets for item in forget),
-        "seconds": seconds,
-        "statistics_over_bare": seconds["statistics"] / seconds["bare"],
+        "seconds": stage.seconds,
+        "processor_seconds": stage.processor,
+        "statistics_over_bare": stage.seconds["statistics"] / stage.seconds["bare"],
         "solve": solved,
     }
 

@@ -51,6 +51,7 @@ def test_quick_form(split: ModuleType, tiny_llama, tokenizer, tmp_path: Path, mo
     assert [bar["bar"] for bar in kept] == [f"split: {bar['bar']}" for bar in found["bars"]]
     assert [layer["way"] for layer in found["layers"]] == ["spectral", "geometric"]
     geometric = found["layers"][1]
+    assert set(geometric["seconds"]) == set(geometric["processor_seconds"])
     assert set(geometric["seconds"]) == {"statistics", "factor", "project", "quantise"}
     assert geometric["extra_bytes"] > 4 * 2048**2  # the moment is part of the peak
     assert geometric["weight_bytes"] == 2 * 64 * 2048

@@ -172,7 +172,7 @@ def split_spectral(weight: Tensor, config: SpectralConfig, name: str = "this lay
 def _relative_error(dense: Tensor, weight: Tensor) -> float:
     """||dense - weight||_F / ||weight||_F, or 0 / 1 for a weight of zeros."""
     error = square = 0.0
-    for rows in row_blocks(*weight.shape, 4, BLOCK_BYTES):
+    for rows in row_blocks(weight.shape[0], weight.shape[1], 4, BLOCK_BYTES):
         error += float((dense[rows] - weight[rows]).norm()) ** 2
         square += float(weight[rows].norm()) ** 2
     return math.sqrt(error) / (math.sqrt(square) or 1.0)
@@ -196,7 +196,7 @@ def _top_residuals(
     places = torch.empty(0, dtype=torch.long, device=weight.device)
     values = weight.new_empty(0)
     columns = weight.shape[1]
-    for rows in row_blocks(*weight.shape, 4, BLOCK_BYTES):
+    for rows in row_blocks(weight.shape[0], weight.shape[1], 4, BLOCK_BYTES):
         residual = (weight[rows] - base.dequantize(torch.float32, rows)).reshape(-1)
         score = _score(residual, weight[rows].reshape(-1), config.selection)
         if count and len(scores) == count:
