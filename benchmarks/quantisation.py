@@ -35,6 +35,7 @@ from libortho.data.general import general_text
 from libortho.data.tokens import Tokens, batches, encode
 from libortho.evaluation.text import WINDOW, read_text
 from libortho.evaluation.tofu import versions
+from libortho.gram import Gram
 from libortho.linear import read_linear, select_linear
 from libortho.methods.geometric import GeometricConfig, retain_metric
 from libortho.scoring import predicted_logits
@@ -162,11 +163,16 @@ def main() -> int:
             seen += count
             progress("statistics", seen, len(known))
 
-        plain = {n: m.mean() for n, m in second_moments(model, layers, known, tick=tick).items()}
+        plain = {
+            n: m.mean().dense() for n, m in second_moments(model, layers, known, tick=tick).items()
+        }
         ridge = GeometricConfig().ridge
         moments = {
             "plain": plain,
-            "ridge": {n: retain_metric(m, ridge, name=n).moment() for n, m in plain.items()},
+            "ridge": {
+                n: retain_metric(Gram.of(m.clone()), ridge, name=n).moment()
+                for n, m in plain.items()
+            },
         }
         bases, rows = {}, {}
         for done, (label, (config, kind)) in enumerate(VARIANTS.items()):

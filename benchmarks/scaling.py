@@ -35,6 +35,7 @@ from libortho.calibration import Moments
 from libortho.config import BaseConfig
 from libortho.evaluation.tofu import versions
 from libortho.files import write_json
+from libortho.gram import Gram
 from libortho.methods.geometric import GeometricConfig, retain_metric
 from libortho.methods.spectral import SpectralConfig, split_spectral
 
@@ -120,13 +121,13 @@ def measured_rates() -> dict[str, dict[str, float]]:
         weight = torch.randn(rows, columns, generator=generator) / columns**0.5
         inputs = torch.randn(TOKENS, columns, generator=generator).bfloat16()
         moment = inputs.float().T @ inputs.float() / TOKENS
-        metric = retain_metric(moment, 0.1)
+        metric = retain_metric(Gram.of(moment), 0.1)
         steps: Mapping[str, Callable[[], Any]] = {
             "product": partial(torch.matmul, inputs, weight.bfloat16().T),
             "product32": partial(torch.matmul, inputs.float(), weight.T),
             "product64": partial(torch.matmul, inputs.double(), weight.double().T),
-            "moment": partial(Moments.zeros(columns, weight.device).add, inputs, body, first),
-            "factor": partial(retain_metric, moment, 0.1),
+            "moment": partial(moment_of, inputs, body, first),
+            "factor": partial(retain_metric, Gram.of(moment), 0.1),
             "whiten": partial(metric.whiten_gradient, weight),
             "quantise": partial(quantize, weight, BaseConfig()),
             "spectral": partial(split_spectral, weight, SpectralConfig()),
@@ -145,6 +146,13 @@ def measured_rates() -> dict[str, dict[str, float]]:
         }
         for step, count in OPERATIONS.items()
     }
+
+
+def moment_of(inputs: torch.Tensor, body: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """The second moment of a text, from nothing."""
+    moments = Moments.zeros(inputs.shape[-1], inputs.device)
+    moments.add(inputs, body, first)
+    return moments.body.dense()
 
 
 def best(work: Callable[[], Any], rounds: int = 5) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from libortho.calibration import Moments, mean_squares, second_moments
 from libortho.data.tokens import Tokens
+from libortho.gram import Gram
 from libortho.linear import select_linear
 
 LENGTHS = [3, 5, 12, 7, 7, 4, 30]
@@ -32,13 +34,21 @@ def inputs_of(model: nn.Module, layers: Mapping[str, nn.Module], item: Tokens) -
     return found
 
 
-def direct(model, layers, items: Sequence[Tokens], weights=None) -> dict[str, Moments]:
+@dataclass
+class Sums:
+    """What `Moments` holds, as plain matrices."""
+
+    body: Tensor
+    first: Tensor
+    tokens: float = 0.0
+    sequences: int = 0
+
+
+def direct(model, layers, items: Sequence[Tokens], weights=None) -> dict[str, Sums]:
     result = {}
     for name, layer in layers.items():
         width = inputs_of(model, {name: layer}, items[0])[name][0].shape[1]
-        result[name] = Moments.zeros(width, torch.device("cpu"))
-        result[name].body = result[name].body.double()
-        result[name].first = result[name].first.double()
+        result[name] = Sums(*(torch.zeros(2, width, width, dtype=torch.float64)))
     for index, item in enumerate(items):
         for name, calls in inputs_of(model, layers, item).items():
             m = result[name]
@@ -59,13 +69,13 @@ def direct(model, layers, items: Sequence[Tokens], weights=None) -> dict[str, Mo
     return result
 
 
-def assert_close(found: Mapping[str, Moments], expected: Mapping[str, Moments]) -> None:
+def assert_close(found: Mapping[str, Moments], expected: Mapping[str, Sums]) -> None:
     assert set(found) == set(expected)
     for name, m in found.items():
         other = expected[name]
         assert m.tokens == pytest.approx(other.tokens, rel=1e-5)
         assert m.sequences == other.sequences
-        for mine, theirs in ((m.body, other.body), (m.first, other.first)):
+        for mine, theirs in ((m.body.dense(), other.body), (m.first.dense(), other.first)):
             scale = float(theirs.diagonal().mean())
             torch.testing.assert_close(mine.double(), theirs, atol=1e-4 * scale, rtol=1e-4)
 
@@ -89,14 +99,15 @@ def test_weighted_predicting_positions(tiny_llama, random_tokens, prompt: int) -
     weights[2][3] = 0.0
     found = second_moments(model, layers, items, weights=weights)
     assert_close(found, direct(model, layers, items, weights))
-    assert all(m.sequences == 0 and not m.first.any() for m in found.values())
+    assert all(m.sequences == 0 and not m.first.dense().any() for m in found.values())
 
 
 def test_mean_keeps_first_positions_apart() -> None:
     body, first = torch.eye(2) * 6, torch.ones(2, 2) * 8
-    m = Moments(body, 3.0, first, 4)
-    torch.testing.assert_close(m.mean(), torch.tensor([[4.0, 2.0], [2.0, 4.0]]))
-    assert torch.equal(Moments.zeros(2, torch.device("cpu")).mean(), torch.zeros(2, 2))
+    m = Moments(Gram.of(body), 3.0, Gram.of(first), 4.0)
+    torch.testing.assert_close(m.mean().dense(), torch.tensor([[4.0, 2.0], [2.0, 4.0]]))
+    nothing = Moments.zeros(2, torch.device("cpu")).mean()
+    assert torch.equal(nothing.dense(), torch.zeros(2, 2))
 
 
 def test_size_does_not_depend_on_the_text(tiny_llama, random_tokens) -> None:
@@ -118,8 +129,9 @@ def test_size_does_not_depend_on_the_text(tiny_llama, random_tokens) -> None:
     assert max(alive[1:]) == min(alive[1:])  # no batch's activations outlive it
     few = second_moments(model, layers, random_tokens([3]))
     for name, m in many.items():
-        assert m.body.shape == m.first.shape == few[name].body.shape == (64, 64)
-        assert m.body.dtype == torch.float32
+        assert m.body.dense().shape == m.first.dense().shape == (64, 64)
+        assert few[name].body.dense().shape == (64, 64)
+        assert m.body.dense().dtype == torch.float32
 
 
 def test_repeating_a_text_changes_no_mean(tiny_llama, random_tokens) -> None:
@@ -128,7 +140,25 @@ def test_repeating_a_text_changes_no_mean(tiny_llama, random_tokens) -> None:
     items = random_tokens(LENGTHS)
     once, thrice = (second_moments(model, layers, items * n) for n in (1, 3))
     for name in layers:
-        torch.testing.assert_close(once[name].mean(), thrice[name].mean())
+        torch.testing.assert_close(once[name].mean().dense(), thrice[name].mean().dense())
+
+
+def test_sets_of_different_sizes_average_in_one_sum(tiny_llama, random_tokens) -> None:
+    model = tiny_llama()
+    layers = select_linear(model, "down_proj")
+    sets = [random_tokens([5] * 4), random_tokens([9, 30, 12], seed=1), random_tokens([7], seed=2)]
+    expected = {name: torch.zeros(64, 64, dtype=torch.float64) for name in layers}
+    total: dict[str, Moments] = {}
+    before = (1, 1)
+    for items in sets:
+        for name, m in direct(model, layers, items).items():
+            expected[name] += (m.body / m.tokens + m.first / m.sequences) / len(sets)
+        size = (sum(len(item.ids) - 1 for item in items), len(items))
+        for m in total.values():
+            m.weigh_(size[0] / before[0], size[1] / before[1])
+        total, before = second_moments(model, layers, items, into=total), size
+    for name, m in total.items():
+        torch.testing.assert_close(m.mean().dense().double(), expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_in_two_places_sees_both_inputs(tiny_llama, random_tokens) -> None:
@@ -145,7 +175,7 @@ def test_leaves_the_model_as_it_was(tiny_llama, random_tokens, snapshot) -> None
     found = second_moments(model, select_linear(model, "down_proj"), random_tokens(LENGTHS))
     after = snapshot(model)
     assert (after["flags"], after["grads"]) == (before["flags"], before["grads"])
-    assert not any(m.body.requires_grad for m in found.values())
+    assert not any(m.body.dense().requires_grad for m in found.values())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -1,4 +1,4 @@
-"""Truncated SVD against torch.linalg.svd in float64."""
+"""Truncated SVD against torch.linalg.svd in float64, and Cholesky factors in either precision."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from libortho.linalg import leading_factors, low_rank_part, randomized_low_rank_part
+from libortho import linalg
+from libortho.linalg import (
+    cholesky_,
+    leading_factors,
+    low_rank_part,
+    randomized_low_rank_part,
+)
 
 SHAPES = [(41, 9), (9, 41), (20, 20)]
 
@@ -98,3 +104,48 @@ def test_leaves_the_random_state_and_the_argument_alone(function) -> None:
 def test_rank_out_of_range(function, rank: int) -> None:
     with pytest.raises(ValueError, match=rf"rank={rank} .*\(4, 9\).* 1 to 4"):
         function(torch.randn(4, 9), rank)
+
+
+def spread_out(width: int, spread: float, sink: float) -> Tensor:
+    """A moment whose columns differ by `spread`, and a first position that is far larger."""
+    x = torch.randn(3 * width, width) * torch.logspace(0, -spread, width)
+    x[0, : width // 8] = sink
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize(("spread", "sink"), [(0.0, 0.0), (3.0, 0.0), (3.0, 1e4)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_cholesky(monkeypatch, wide: bool, spread: float, sink: float) -> None:
+    width = 300
+    monkeypatch.setattr(linalg, "WIDE", width - 1 if wide else width)
+    moment = spread_out(width, spread, sink)
+    shift = 0.1 * float(moment.diagonal().mean())
+    expected = moment.double() + shift * torch.eye(width).double()
+    held = moment.clone()
+    factor = cholesky_(held, shift)
+    assert factor.dtype == (torch.float32 if wide else torch.float64)
+    assert (factor.data_ptr() == held.data_ptr()) == wide  # in the matrix's own memory
+    assert torch.equal(held, moment) != wide
+    assert torch.equal(factor, factor.tril())
+    root = expected.diagonal().sqrt()
+    error = (factor.double() @ factor.double().T - expected).abs() / torch.outer(root, root)
+    assert float(error.max()) < (1e-5 if wide else 1e-7)
+    # What the factor is for: whitened directions, beside those of float64.
+    exact = torch.linalg.cholesky(expected)
+    rows = torch.randn(4, width, dtype=torch.float64)
+    mine = torch.linalg.solve_triangular(factor.double(), rows.T, upper=False)
+    theirs = torch.linalg.solve_triangular(exact, rows.T, upper=False)
+    assert float((mine - theirs).norm()) < 2e-3 * float(theirs.norm())
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_cholesky_of_what_has_none(monkeypatch, wide: bool) -> None:
+    monkeypatch.setattr(linalg, "WIDE", 5 if wide else 8192)
+    with pytest.raises(ValueError, match=r"6 x 6 .* not positive definite .*ridge"):
+        cholesky_(-torch.eye(6), 0.0)
+
+
+def test_cholesky_checks_its_residual(monkeypatch) -> None:
+    monkeypatch.setattr(linalg, "RESIDUAL", 0.0)
+    with pytest.raises(ValueError, match="residual"):
+        cholesky_(spread_out(64, 3.0, 0.0), 1e-3)

@@ -1,14 +1,14 @@
 """What a model does with a text: second moments of its layers' inputs, and their gradients.
 
-Tokens are streamed through the model once; what is kept is a (d, d) sum per layer, whatever the
-number of tokens.
+Tokens are streamed through the model once; what is kept per layer is a (d, d) sum, whatever the
+number of tokens, and the last few thousand of their inputs, which are added in one product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from libortho.data.tokens import Batch, Tokens, batches, collate
 from libortho.devices import device_of
+from libortho.gram import Gram
 from libortho.scoring import check_vocabulary, predicted_logits
 
 if TYPE_CHECKING:
@@ -33,22 +34,20 @@ class Moments:
     orders of magnitude larger than all others and would drown them in one average.
 
     Attributes:
-        body: (d, d) fp32, over positions >= 1.
+        body: over positions >= 1, with their weights.
         tokens: how many positions are in `body` (a sum of weights).
-        first: (d, d) fp32, over position 0.
+        first: over position 0.
         sequences: how many are in `first`.
     """
 
-    body: Tensor
-    tokens: float = 0.0
-    first: Tensor = field(default_factory=lambda: torch.zeros(0))
-    sequences: int = 0
+    body: Gram
+    tokens: float
+    first: Gram
+    sequences: float
 
     @classmethod
     def zeros(cls, width: int, device: torch.device) -> Moments:
-        return cls(
-            torch.zeros(width, width, device=device), 0.0, torch.zeros(width, width, device=device)
-        )
+        return cls(Gram(width, device), 0.0, Gram(width, device), 0.0)
 
     def add(self, x: Tensor, body: Tensor, first: Tensor) -> None:
         """Count a batch's inputs.
@@ -63,20 +62,41 @@ class Moments:
         # Multiplying by a weight of zero would let a NaN at a padded position through; selecting
         # won't.
         counted = body > 0
-        unweighted = bool((body[counted] == 1).all())
-        rows = x[counted].float()
-        if not unweighted:
-            rows = rows * body[counted].sqrt().unsqueeze(-1)
-        with matmul_precision(x if unweighted else rows):
-            self.body.addmm_(rows.T, rows)
+        rows, weights = x[counted], body[counted]
+        if not bool((weights == 1).all()):
+            rows = rows.float() * weights.sqrt().unsqueeze(-1)
+        self.body.add(rows)
         self.tokens += float(body.sum())
-        starts = x[:, 0][first > 0].float()
-        self.first.addmm_(starts.T, starts)
+        self.first.add(x[:, 0][first > 0])
         self.sequences += int((first > 0).sum())
 
-    def mean(self) -> Tensor:
-        """E[x x^T] over positions >= 1, plus E[x_0 x_0^T] over first positions."""
-        return self.body / max(self.tokens, 1.0) + self.first / max(self.sequences, 1)
+    def add_(self, other: Moments) -> None:
+        """Add the sums of `other`, which must not be used any more."""
+        self.body.add_(other.body)
+        self.first.add_(other.first)
+        self.tokens += other.tokens
+        self.sequences += other.sequences
+
+    def weigh_(self, tokens: float, sequences: float) -> None:
+        """Count what is there as so many times as many tokens and sequences; means stay.
+
+        What is added from then on has its weight beside that: sums over sets of different sizes
+        can so be gathered into one average over the sets.
+        """
+        self.body.scale_(tokens)
+        self.tokens *= tokens
+        self.first.scale_(sequences)
+        self.sequences *= sequences
+
+    def mean(self) -> Gram:
+        """E[x x^T] over positions >= 1, plus E[x_0 x_0^T] over first positions.
+
+        It takes the sums' own memory: they must not be used any more.
+        """
+        self.body.scale_(1 / max(self.tokens, 1.0))
+        self.first.scale_(1 / max(self.sequences, 1.0))
+        self.body.add_(self.first)
+        return self.body
 
 
 def second_moments(
@@ -86,6 +106,7 @@ def second_moments(
     *,
     weights: Sequence[Tensor] | None = None,
     tick: Tick | None = None,
+    into: dict[str, Moments] | None = None,
 ) -> dict[str, Moments]:
     """Accumulate the inputs of `layers` while `items` run through the model.
 
@@ -97,15 +118,16 @@ def second_moments(
             then counted, each with its weight, and position 0 not at all. None counts every
             position with weight 1.
         tick: called after each batch.
+        into: moments that this text's are to be added to, in their place.
 
     Returns:
-        Moments per module name, in fp32, on the layers' devices.
+        Moments per module name, on the layers' devices.
 
     Raises:
         ValueError: an activation is NaN or Inf (the layer is named), or a token id is beyond the
             vocabulary.
     """
-    moments: dict[str, Moments] = {}
+    moments = {} if into is None else into
     inputs: dict[str, list[Tensor]] = {}
     with _record_inputs(layers, inputs), torch.no_grad():
         for batch in batches(items):
@@ -123,7 +145,7 @@ def second_moments(
     if missing:
         raise ValueError(f"these layers saw no input from the calibration text: {missing}")
     for name, m in moments.items():
-        if not bool(torch.isfinite(m.body).all()) or not bool(torch.isfinite(m.first).all()):
+        if not all(bool(torch.isfinite(g.diagonal()).all()) for g in (m.body, m.first)):
             raise ValueError(f"{name}: the calibration text gives NaN or Inf activations")
     return moments
 
@@ -210,21 +232,6 @@ def position_weights(
         first = torch.zeros(len(batch.index))
     body[:, 0] = 0.0
     return body, first
-
-
-@contextmanager
-def matmul_precision(*factors: Tensor) -> Iterator[None]:
-    """Multiply fp32 copies of `factors` in bf16 units where that loses nothing.
-
-    Numbers that came as bf16 multiply exactly there and add up in fp32, at twice fp32's speed.
-    """
-    exact = all(factor.dtype == torch.bfloat16 for factor in factors)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if exact else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from libortho.calibration import Moments, Tick, matmul_precision, position_weights
+from libortho.calibration import Moments, Tick, position_weights
 from libortho.data.tokens import Batch, Tokens, batches
 from libortho.devices import device_of
+from libortho.linalg import matmul_precision
 from libortho.scoring import predicted_logits
 
 if TYPE_CHECKING:
@@ -249,8 +250,9 @@ def kronecker_factors(
                 tick(len(batch.index))
     _check_reached(layers, factors)
     for name, found in factors.items():
-        for moment in (found.inputs.body, found.inputs.first, found.outputs):
-            if not bool(torch.isfinite(moment).all()):
+        squares = (found.inputs.body.diagonal(), found.inputs.first.diagonal(), found.outputs)
+        for square in squares:
+            if not bool(torch.isfinite(square).all()):
                 raise ValueError(f"{name}: the text gives NaN or Inf activations or gradients")
     return factors
 

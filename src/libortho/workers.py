@@ -112,6 +112,7 @@ def moments_apart(
     weights: Sequence[Tensor] | None = None,
     tick: Tick | None = None,
     model_bytes: int = 0,
+    into: dict[str, Moments] | None = None,
 ) -> dict[str, Moments]:
     """`second_moments`, gathered shard by shard by workers that load the model themselves.
 
@@ -124,6 +125,7 @@ def moments_apart(
         widths: module name -> in_features, of the layers; a group of them (`layer_groups`).
         items, weights, tick: as of `second_moments`; `tick` after each shard.
         model_bytes: of the model, for the memory that a piece is said to need.
+        into: as of `second_moments`.
     """
     index = [batch.index for batch in batches(items)]
     step = -(-len(index) // SHARDS)
@@ -144,7 +146,7 @@ def moments_apart(
         )
         for number, rows in enumerate(shards)
     }
-    total: dict[str, Moments] = {}
+    total = {} if into is None else into
     early: dict[str, dict[str, Moments]] = {}
     awaited = iter(pieces)
     next_name = next(awaited)
@@ -163,11 +165,7 @@ def _add(total: dict[str, Moments], more: dict[str, Moments]) -> None:
         if name not in total:
             total[name] = moments
             continue
-        held = total[name]
-        held.body = held.body + moments.body
-        held.first = held.first + moments.first
-        held.tokens += moments.tokens
-        held.sequences += moments.sequences
+        total[name].add_(moments)
 
 
 @functools.lru_cache(maxsize=1)

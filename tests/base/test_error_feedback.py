@@ -11,6 +11,7 @@ from libortho.base import quantize
 from libortho.base.error_feedback import DAMPING, error_feedback
 from libortho.base.grid import Grid, choose_grid
 from libortho.config import BaseConfig
+from libortho.gram import Gram
 from libortho.linalg import low_rank_part
 from libortho.methods.geometric import retain_metric
 
@@ -157,7 +158,7 @@ def test_the_base_depends_on_what_is_left_of_the_weight_only() -> None:
 
 def test_the_retain_metric_is_a_moment() -> None:
     moment = correlated(24).float()
-    metric = retain_metric(moment, 0.1)
+    metric = retain_metric(Gram.of(moment.clone()), 0.1)
     expected = moment + 0.1 * moment.diagonal().mean() * torch.eye(24)
     torch.testing.assert_close(metric.moment(), expected, rtol=1e-4, atol=1e-5)
 

@@ -19,6 +19,7 @@ from libortho import (
     set_alpha,
 )
 from libortho.config import BaseConfig
+from libortho.methods import spectral
 from libortho.methods.spectral import rank_ratio_for, split_spectral
 from libortho.ortho import SparseOrtho
 
@@ -53,8 +54,10 @@ def test_exactly_the_wanted_number_of_entries(
     assert split.ortho.shape == split.base.shape == (rows, columns)
 
 
+@pytest.mark.parametrize("block_rows", [1, 2, 9])
 @pytest.mark.parametrize("selection", ["relative", "absolute", "magnitude"])
-def test_selection_rules(selection: str) -> None:
+def test_selection_rules(monkeypatch, selection: str, block_rows: int) -> None:
+    monkeypatch.setattr(spectral, "BLOCK_BYTES", block_rows * 41 * 4)
     weight = torch.randn(9, 41)
     split = split_spectral(
         weight, SpectralConfig(ortho_ratio=0.1, selection=selection, ortho_dtype="float32", **QUIET)

@@ -58,8 +58,8 @@ def test_stores_the_best_part_of_what_is_memorised(memorised) -> None:
     stored = total = 0.0
     for layer in report.layers:
         f = factors[layer.name]
-        body = f.inputs.body / f.inputs.tokens
-        sink = sink_directions(f.inputs.first / f.inputs.sequences, body)
+        body = f.inputs.body.dense() / f.inputs.tokens
+        sink = sink_directions(f.inputs.first.dense() / f.inputs.sequences, body)
         part = memorised_part(weights[layer.name], body, f.outputs, 0.6, sink).double()
         u, s, v = torch.linalg.svd(part, full_matrices=False)
         assert 0 < layer.rank < len(s)

@@ -10,8 +10,9 @@ from scipy.linalg import eigh
 
 from libortho import GeometricConfig, SeparationConfig, SpectralConfig, separate_
 from libortho.calibration import second_moments
+from libortho.gram import Gram
 from libortho.linear import select_linear
-from libortho.methods.geometric import LowRankEdit, project_edit, retain_metric
+from libortho.methods.geometric import LowRankEdit, Projection, retain_metric
 from libortho.solvers.problem import Journal, Problem
 from libortho.solvers.spectrum import edit_spectrum, principal_directions
 
@@ -19,7 +20,7 @@ from libortho.solvers.spectrum import edit_spectrum, principal_directions
 @pytest.mark.parametrize(("rows", "rank", "columns"), [(9, 3, 7), (4, 4, 4), (3, 1, 11), (3, 5, 8)])
 def test_principal_directions(rows: int, rank: int, columns: int) -> None:
     x = torch.randn(3 * columns, columns)
-    metric = retain_metric(x.T @ x, 0.1)
+    metric = retain_metric(Gram.of(x.T @ x), 0.1)
     edit = LowRankEdit(torch.randn(rows, rank), torch.randn(rank, columns))
     squares, directions = principal_directions(edit, metric)
     whitened = (edit.left @ edit.right).double() @ metric.factor.double()
@@ -52,7 +53,7 @@ def test_ratios_of_the_closed_form_are_generalised_eigenvalues(problem: Problem)
     ones = [torch.ones(item.targets) for item in problem.forget]
     moments = second_moments(problem.model, problem.layers, problem.forget, weights=ones)
     forget = {name: m.mean() for name, m in moments.items()}
-    edits = project_edit(problem.weights, metrics, forget, 3_000)
+    edits = Projection(problem.weights, metrics, forget, 3_000).edits(3_000)
     spectrum = edit_spectrum(problem, edits, metrics)
     assert set(spectrum) == {name for name, edit in edits.items() if edit.rank}
     assert sum(len(of.forget) for of in spectrum.values()) == sum(e.rank for e in edits.values())
@@ -61,10 +62,15 @@ def test_ratios_of_the_closed_form_are_generalised_eigenvalues(problem: Problem)
         # mix those, and their ratios lie between the eigenvalues. The sums are the edit's.
         whole = edits[name].left @ edits[name].right
         scale = metrics[name].scale
-        for energies, moment in ((of.forget, forget[name]), (of.retain, metrics[name].moment())):
+        for energies, moment in (
+            (of.forget, forget[name].dense()),
+            (of.retain, metrics[name].moment()),
+        ):
             expected = scale * float((whole @ moment * whole).sum())
             assert sum(energies) == pytest.approx(expected, rel=1e-3)
-        values = eigh(forget[name].double(), metrics[name].moment().double(), eigvals_only=True)
+        values = eigh(
+            forget[name].dense().double(), metrics[name].moment().double(), eigvals_only=True
+        )
         leading = values[::-1][: edits[name].rank]
         ratios = [f / r for f, r in zip(of.forget, of.retain, strict=True)]
         assert sum(ratios) == pytest.approx(float(leading.sum()), rel=1e-2)  # a trace

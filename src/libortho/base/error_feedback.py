@@ -21,6 +21,7 @@ from torch import Tensor
 
 from libortho.base.grid import Grid, nearest_codes
 from libortho.kernels import reference
+from libortho.linalg import cholesky_
 
 DAMPING = 0.01
 """Multiple of the mean diagonal of the moment that is added to it (the paper's section 3.3)."""
@@ -102,13 +103,12 @@ def check_moment(moment: Tensor, columns: int) -> None:
 def _feedback(moment: Tensor, place: Tensor) -> Tensor:
     """T_ij / T_jj of the damped moment, with its rows and columns taken in the order `place`."""
     # Cholesky gives a lower triangle; reversing both axes before and after makes it an upper one.
-    # fp64: moments of attention sinks span ten orders of magnitude.
     backwards = place.flip(0).to(moment.device)
-    matrix = moment[backwards.unsqueeze(1), backwards].double()
-    matrix.diagonal().add_(DAMPING * matrix.diagonal().mean())
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed):
+    matrix = moment[backwards.unsqueeze(1), backwards]
+    try:
+        lower = cholesky_(matrix, DAMPING * float(matrix.diagonal().double().mean()))
+    except ValueError:
         raise ValueError(
             "moment is not positive semi-definite, not even with its damping: expected E[x x^T]"
-        )
+        ) from None
     return lower.div_(lower.diagonal().clone()).flip(0, 1)

@@ -7,7 +7,7 @@ damage. Two ways to find the edit there; both keep, over all layers together, th
 the largest singular values of D L that the budget pays for (one global threshold: ranks per layer
 fall out by themselves). The ortho stream is -D, in factors.
 
-- `project_edit`: closed form. U are the leading eigenvectors of L^-1 S_f L^-T, the directions in
+- `Projection`: closed form. U are the leading eigenvectors of L^-1 S_f L^-T, the directions in
   which forget inputs outweigh retain inputs most; D = -W L U U^T L^-1 removes the layer's response
   to them. No gradients. It also removes what those inputs are good for besides the secret.
 - `Descent`: steepest descent of a forgetting loss in the whitened coordinates (a natural gradient
@@ -33,6 +33,9 @@ from libortho.config import (
     check_fraction,
     check_positive,
 )
+from libortho.gram import Gram
+from libortho.kernels.reference import row_blocks
+from libortho.linalg import cholesky_
 from libortho.methods.registry import register
 
 Edit = Literal["descent", "projection"]
@@ -134,7 +137,8 @@ class Metric:
     """The retain metric of one layer.
 
     Attributes:
-        factor: L, (in_features, in_features) lower triangular, fp32; M = L L^T.
+        factor: L, (in_features, in_features) lower triangular, fp32; M = L L^T. Its columns are
+            contiguous, where the layer is wide.
         scale: what a unit of squared output change costs the model here, relative to other
             layers: the mean squared norm of the loss gradient at the layer's output.
     """
@@ -155,25 +159,29 @@ class Metric:
         return torch.linalg.solve_triangular(self.factor.T, rows.T, upper=True).T
 
 
-def retain_metric(moment: Tensor, ridge: float, scale: float = 1.0, name: str = "") -> Metric:
+def retain_metric(moment: Gram, ridge: float, scale: float = 1.0, name: str = "") -> Metric:
     """Factor E[x x^T] + ridge * mean diagonal * I.
 
     Args:
-        moment: (in_features, in_features), fp32, of retain data.
+        moment: of in_features, of retain data. A wide layer's factor takes its memory (see
+            `cholesky_`): it must not be used any more.
         ridge: see `GeometricConfig`.
         scale: see `Metric`.
         name: for the error.
 
     Raises:
-        ValueError: the moment is zero (the layer's inputs are all zero) or not finite.
+        ValueError: the moment is zero (the layer's inputs are all zero) or not finite, or the ridge
+            is too small for it.
     """
-    # fp64: moments of attention sinks span ten orders of magnitude.
-    matrix = moment.double()
-    level = float(matrix.diagonal().mean())
+    label = name or "a layer"
+    level = float(moment.diagonal().double().mean())
     if not math.isfinite(level) or level <= 0:
-        raise ValueError(f"{name or 'a layer'}: its retain inputs have mean square {level}")
-    matrix.diagonal().add_(ridge * level)
-    return Metric(torch.linalg.cholesky(matrix).float(), scale)
+        raise ValueError(f"{label}: its retain inputs have mean square {level}")
+    try:
+        factor = cholesky_(moment.dense(), ridge * level)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+    return Metric(factor.float(), scale)
 
 
 def parameter_budget(shapes: Mapping[str, tuple[int, int]], ortho_ratio: float) -> int:
@@ -209,38 +217,85 @@ def allocate(
     return ranks
 
 
-def project_edit(
-    weights: Mapping[str, Tensor],
-    metrics: Mapping[str, Metric],
-    forget_moments: Mapping[str, Tensor],
-    budget: int,
-) -> dict[str, LowRankEdit]:
+class Projection:
     """The closed-form edit: remove the directions with most forget energy per retain energy.
+
+    They are found once; an edit is then a matter of how many of them the budget pays for.
 
     Args:
         weights: layer -> (out_features, in_features).
         metrics: layer -> retain metric.
-        forget_moments: layer -> (in_features, in_features), E[x x^T] over the positions that
-            predict the secret.
-        budget: ortho numbers over all layers.
+        forget: layer -> E[x x^T], of in_features, over the positions that predict the secret. One
+            that is still rows costs no matrix of in_features squared.
+        budget: most ortho numbers over all layers that `edits` will be asked for.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        metrics: Mapping[str, Metric],
+        forget: Mapping[str, Gram],
+        budget: int,
+    ) -> None:
+        self._weights, self._metrics, self._budget = weights, metrics, budget
+        self._strengths: dict[str, Tensor] = {}
+        self._vectors: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            most = min(weight.shape[1], budget // sum(weight.shape))
+            found = leading_ratios(metrics[name], forget[name], most)
+            self._strengths[name], self._vectors[name] = found
+
+    def edits(self, budget: int) -> dict[str, LowRankEdit]:
+        """Layer -> edit; rank 0 where no direction made the threshold.
+
+        Raises:
+            ValueError: more than the directions were found for.
+        """
+        if budget > self._budget:
+            raise ValueError(f"budget={budget}: expected at most {self._budget}, as at the start")
+        shapes = {n: (w.shape[0], w.shape[1]) for n, w in self._weights.items()}
+        ranks = allocate(self._strengths, shapes, budget)
+        edits = {}
+        for name, weight in self._weights.items():
+            metric, basis = self._metrics[name], self._vectors[name][:, : ranks[name]]
+            # In blocks: W is never held in fp32.
+            carried = metric.factor @ basis
+            left = carried.new_empty(weight.shape[0], ranks[name])
+            for rows in row_blocks(weight.shape[0], weight.shape[1], 4):
+                left[rows] = weight[rows].float() @ carried
+            edits[name] = LowRankEdit(left.neg_(), metric.unwhiten_rows(basis.T))
+        return edits
+
+
+def leading_ratios(metric: Metric, forget: Gram, most: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of L^-1 S_f L^-T and their eigenvectors.
+
+    Each is the ratio of a direction's forget energy to its retain energy. Where S_f = R^T R has
+    fewer rows than half its width, they come from R L^-T, through the Gram matrix of its rows.
+
+    Args:
+        metric: with L.
+        forget: S_f.
+        most: how many are wanted.
 
     Returns:
-        layer -> edit; rank 0 where no direction made the threshold.
+        (k,) descending, and (in_features, k) orthonormal, fp32; k <= most. What is left out of
+        what is wanted is zero up to rounding.
     """
-    strengths, vectors = {}, {}
-    for name, moment in forget_moments.items():
-        metric = metrics[name]
-        half = torch.linalg.solve_triangular(metric.factor, moment, upper=False)
+    rows = forget.rows
+    if rows is None:
+        half = torch.linalg.solve_triangular(metric.factor, forget.dense(), upper=False)
         ratio = torch.linalg.solve_triangular(metric.factor, half.T, upper=False)
         values, basis = torch.linalg.eigh(ratio)
-        strengths[name], vectors[name] = values.flip(0), basis.flip(1)
-    ranks = allocate(strengths, {n: (w.shape[0], w.shape[1]) for n, w in weights.items()}, budget)
-    edits = {}
-    for name, weight in weights.items():
-        basis = vectors[name][:, : ranks[name]]
-        left = weight.float() @ (metrics[name].factor @ basis)
-        edits[name] = LowRankEdit(-left, metrics[name].unwhiten_rows(basis.T))
-    return edits
+        return values.flip(0)[:most].clone(), basis.flip(1)[:, :most].clone()
+    white = torch.linalg.solve_triangular(metric.factor, rows.T, upper=False)
+    values, basis = torch.linalg.eigh(white.T @ white)
+    values, basis = values.flip(0)[:most], basis.flip(1)[:, :most]
+    # Below, an eigenvector is rounding.
+    alive = int((values > len(rows) * torch.finfo(values.dtype).eps * values[:1]).sum())
+    # The span is right; QR makes the basis orthonormal, which small eigenvalues' vectors are not.
+    vectors, _ = torch.linalg.qr(white @ basis[:, :alive])
+    return values[:alive].clone(), vectors
 
 
 class Descent:
@@ -284,8 +339,9 @@ class Descent:
 
     def _whiten(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
-            name: self._metrics[name].whiten_gradient(gradient.float())
-            / math.sqrt(self._metrics[name].scale)
+            name: self._metrics[name]
+            .whiten_gradient(gradient.float())
+            .div_(math.sqrt(self._metrics[name].scale))
             for name, gradient in gradients.items()
         }
 

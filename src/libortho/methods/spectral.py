@@ -8,6 +8,7 @@ memory from ability: `experiments/run_tofu_eval.py` shows how far each variant g
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from libortho.base import quantize
+from libortho.base import BaseStream, quantize
 from libortho.config import (
     BaseConfig,
     FactorDtype,
@@ -26,6 +27,7 @@ from libortho.config import (
     check_choice,
     check_fraction,
 )
+from libortho.kernels.reference import row_blocks
 from libortho.linalg import low_rank_part, randomized_low_rank_part
 from libortho.linear import matches
 from libortho.methods.registry import register
@@ -33,6 +35,9 @@ from libortho.ortho import SparseOrtho
 from libortho.report import Split
 
 RankRatio = float | Mapping[str, float]
+BLOCK_BYTES = 64 * 2**20
+"""Bytes of a block of rows, as fp32, whose residuals are looked at together."""
+
 EPSILON = 1e-8
 """Added to |W| in the relative error, so that a zero weight divides by something."""
 
@@ -149,8 +154,7 @@ def split_spectral(weight: Tensor, config: SpectralConfig, name: str = "this lay
             dense = low_rank_part(weight, rank)
         else:
             dense = randomized_low_rank_part(weight, rank, seed=config.seed)
-        norm = float(weight.norm()) or 1.0
-        error = float((dense - weight).norm()) / norm
+        error = _relative_error(dense, weight)
         if error > config.fallback_error:
             note = (
                 f"low-rank error {error:.1%} at rank {rank} is above "
@@ -159,11 +163,19 @@ def split_spectral(weight: Tensor, config: SpectralConfig, name: str = "this lay
             warnings.warn(f"{name}: {note}", UserWarning, stacklevel=2)
             dense = weight
     base = quantize(dense, config.base)
-    residual = weight - base.dequantize()
+    del dense
     count = round(config.ortho_ratio * weight.numel())
-    mask = _top_entries(_score(residual, weight, config.selection), count)
-    ortho = SparseOrtho.from_dense(residual, mask, getattr(torch, config.ortho_dtype))
+    ortho = _top_residuals(weight, base, config, count)
     return Split(base, ortho, note)
+
+
+def _relative_error(dense: Tensor, weight: Tensor) -> float:
+    """||dense - weight||_F / ||weight||_F, or 0 / 1 for a weight of zeros."""
+    error = square = 0.0
+    for rows in row_blocks(weight.shape[0], weight.shape[1], 4, BLOCK_BYTES):
+        error += float((dense[rows] - weight[rows]).norm()) ** 2
+        square += float(weight[rows].norm()) ** 2
+    return math.sqrt(error) / (math.sqrt(square) or 1.0)
 
 
 def _score(residual: Tensor, weight: Tensor, selection: Selection) -> Tensor:
@@ -172,10 +184,35 @@ def _score(residual: Tensor, weight: Tensor, selection: Selection) -> Tensor:
     return residual.abs() if selection == "absolute" else weight.abs()
 
 
-def _top_entries(score: Tensor, count: int) -> Tensor:
-    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    mask[torch.topk(score.reshape(-1), count, sorted=False).indices] = True
-    return mask.reshape(score.shape)
+def _top_residuals(
+    weight: Tensor, base: BaseStream, config: SpectralConfig, count: int
+) -> SparseOrtho:
+    """The `count` entries of weight - base with the largest score, found block by block.
+
+    What is kept meanwhile is the best of the blocks so far: an entry that is below all of them can
+    be none of the best of all.
+    """
+    scores = weight.new_empty(0)
+    places = torch.empty(0, dtype=torch.long, device=weight.device)
+    values = weight.new_empty(0)
+    columns = weight.shape[1]
+    for rows in row_blocks(weight.shape[0], weight.shape[1], 4, BLOCK_BYTES):
+        residual = (weight[rows] - base.dequantize(torch.float32, rows)).reshape(-1)
+        score = _score(residual, weight[rows].reshape(-1), config.selection)
+        if count and len(scores) == count:
+            able = (score > scores.min()).nonzero().squeeze(1)
+        else:
+            able = torch.arange(len(score), device=score.device)
+        scores = torch.cat([scores, score[able]])
+        places = torch.cat([places, able + rows.start * columns])
+        values = torch.cat([values, residual[able]])
+        if len(scores) > count:
+            scores, best = torch.topk(scores, count, sorted=False)
+            places, values = places[best], values[best]
+    places, order = places.sort()
+    return SparseOrtho.from_entries(
+        places, values[order].to(getattr(torch, config.ortho_dtype)), (len(weight), columns)
+    )
 
 
 register("spectral", SpectralConfig)

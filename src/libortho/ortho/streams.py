@@ -61,11 +61,16 @@ class SparseOrtho(OrthoStream):
     def from_dense(cls, matrix: Tensor, mask: Tensor, dtype: torch.dtype) -> SparseOrtho:
         """Keep the entries of `matrix` (out_features, in_features) where `mask` is True."""
         row, col = mask.nonzero(as_tuple=True)
-        counts = torch.bincount(row, minlength=matrix.shape[0])
-        crow = torch.zeros(matrix.shape[0] + 1, dtype=torch.int32, device=matrix.device)
-        crow[1:] = counts.cumsum(0)
         shape = (matrix.shape[0], matrix.shape[1])
-        return cls(crow, col.to(torch.int32), matrix[row, col].to(dtype), shape)
+        return cls.from_entries(row * shape[1] + col, matrix[row, col].to(dtype), shape)
+
+    @classmethod
+    def from_entries(cls, places: Tensor, values: Tensor, shape: tuple[int, int]) -> SparseOrtho:
+        """Entries by their places row * in_features + column, (nnz,) int64, ascending."""
+        counts = torch.bincount(places // shape[1], minlength=shape[0])
+        crow = torch.zeros(shape[0] + 1, dtype=torch.int32, device=places.device)
+        crow[1:] = counts.cumsum(0)
+        return cls(crow, (places % shape[1]).to(torch.int32), values, shape)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

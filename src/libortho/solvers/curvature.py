@@ -110,8 +110,8 @@ def _candidates(
     name: str, weight: Tensor, factors: KroneckerFactors, method: CurvatureConfig, most: int
 ) -> _Candidates:
     inputs = factors.inputs
-    body = inputs.body / max(inputs.tokens, 1.0)
-    sink = sink_directions(inputs.first / max(inputs.sequences, 1), body)
+    body = inputs.body.dense() / max(inputs.tokens, 1.0)
+    sink = sink_directions(inputs.first.dense() / max(inputs.sequences, 1), body)
     try:
         part = memorised_part(weight, body, factors.outputs, method.kept_mass, sink)
     except ValueError as error:

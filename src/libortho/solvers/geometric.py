@@ -23,13 +23,15 @@ from libortho.forgetting import (
 )
 from libortho.goal import Goal
 from libortho.gradients import FactorGradient, output_sensitivity, with_edits
+from libortho.gram import Gram
+from libortho.linalg import WIDE
 from libortho.methods.geometric import (
     Descent,
     GeometricConfig,
     LowRankEdit,
     Metric,
+    Projection,
     parameter_budget,
-    project_edit,
     retain_metric,
 )
 from libortho.ortho import LowRankOrtho
@@ -108,7 +110,8 @@ def _each_layer(problem: Problem, stage: str, pieces: dict[str, Piece]) -> dict[
 def _memory(weight: Tensor) -> int:
     """Bytes that a layer's factorisation, or its quantisation, takes, about (an upper bound)."""
     rows, columns = weight.shape
-    return 16 * rows * columns + 24 * columns * columns
+    square = 4 * columns * columns
+    return 16 * rows * columns + (square if columns > WIDE else 6 * square)
 
 
 def _quantised(weight: Tensor, edit: LowRankEdit, metric: Metric, method: GeometricConfig) -> Split:
@@ -129,7 +132,7 @@ def edit_streams(
     """
     ortho = LowRankOrtho.from_factors(-edit.left, edit.right, getattr(torch, ortho_dtype))
     # What is stored of the factors, rounding included, is what the base must lack.
-    return Split(quantize(weight.float() - ortho.dense(), base, moment), ortho)
+    return Split(quantize(ortho.dense().neg_().add_(weight), base, moment), ortho)
 
 
 def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
@@ -147,7 +150,7 @@ def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
     sensitivity: dict[str, float] = {}
     for group in groups:
         with journal.stage("statistics"):
-            moments = [_moments(problem, group, items, tick=tick) for items in problem.kept]
+            moments = _mean_moments(problem, group, tick)
         if not sensitivity:  # second: where activations are not finite, the moments name the layer
             with journal.stage("sensitivity"):
                 journal.tell("sensitivity", 0, 1)
@@ -157,7 +160,7 @@ def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
         pieces = {
             name: Piece(
                 _factored,
-                ([m.pop(name) for m in moments], method.ridge, max(sensitivity[name], 1e-30), name),
+                (moments.pop(name), method.ridge, max(sensitivity[name], 1e-30), name),
                 _memory(problem.weights[name]),
             )
             for name in group
@@ -167,9 +170,26 @@ def _metrics(problem: Problem, method: GeometricConfig) -> dict[str, Metric]:
     return metrics
 
 
-def _factored(moments: list[Moments], ridge: float, scale: float, name: str) -> Metric:
-    mean = sum((m.mean() for m in moments[1:]), moments[0].mean())
-    return retain_metric(mean / len(moments), ridge, scale, name)
+def _factored(moments: Moments, ridge: float, scale: float, name: str) -> Metric:
+    return retain_metric(moments.mean(), ridge, scale, name)
+
+
+def _mean_moments(problem: Problem, group: Sequence[str], tick: Tick) -> dict[str, Moments]:
+    """Moments of some layers; their mean is the average over the kept sets, each as weighty.
+
+    In one sum for each layer: the sets before are counted as if they had the next one's size.
+    """
+    sizes = [(sum(len(i.ids) - 1 for i in items), len(items)) for items in problem.kept]
+    total: dict[str, Moments] = {}
+    for number, items in enumerate(problem.kept):
+        if number:
+            tokens, sequences = (
+                new / old for new, old in zip(sizes[number], sizes[number - 1], strict=True)
+            )
+            for moments in total.values():
+                moments.weigh_(tokens, sequences)
+        total = _moments(problem, group, items, tick=tick, into=total)
+    return total
 
 
 def _moments(
@@ -178,14 +198,18 @@ def _moments(
     items: list[Tokens],
     weights: list[Tensor] | None = None,
     tick: Tick | None = None,
+    into: dict[str, Moments] | None = None,
 ) -> dict[str, Moments]:
-    """Second moments of some of the layers, by workers where they can load the model."""
+    """Second moments of some of the layers, by workers where they can load the model.
+
+    They are added to `into`.
+    """
     if problem.workers.model is None:
         layers = {name: problem.layers[name] for name in group}
-        return second_moments(problem.model, layers, items, weights=weights, tick=tick)
+        return second_moments(problem.model, layers, items, weights=weights, tick=tick, into=into)
     widths = {name: problem.widths[name] for name in group}
     size = sum(p.nbytes for p in problem.model.parameters())
-    return moments_apart(problem.workers, widths, items, weights, tick, size)
+    return moments_apart(problem.workers, widths, items, weights, tick, size, into)
 
 
 def _descend(
@@ -336,12 +360,12 @@ def _windows(items: list[Tokens]) -> list[Tokens]:
 def _project(
     problem: Problem, goal: Goal, metrics: dict[str, Metric], budget: int
 ) -> dict[str, LowRankEdit]:
-    means = _forget_moments(problem)
+    found = Projection(problem.weights, metrics, _forget_moments(problem), budget)
     # The least damage that forgets enough: bisect the share of the budget that is spent.
     low, high = 0.0, 1.0
     for step in range(6):
         share = 1.0 if step == 0 else (low + high) / 2
-        edits = project_edit(problem.weights, metrics, means, int(share * budget))
+        edits = found.edits(int(share * budget))
         with with_edits(problem.layers, edits):
             reached = answer_probability(sequence_nll(problem.model, problem.forget))
         stage = f"projection, p {reached:.3f} -> {goal.level:.3f}"
@@ -356,9 +380,9 @@ def _project(
     return best
 
 
-def _forget_moments(problem: Problem) -> dict[str, Tensor]:
+def _forget_moments(problem: Problem) -> dict[str, Gram]:
     weights = [torch.ones(item.targets) for item in problem.forget]
-    means: dict[str, Tensor] = {}
+    means: dict[str, Gram] = {}
     for group in layer_groups(problem.workers, problem.widths):
         moments = _moments(problem, group, problem.forget, weights)
         means |= {name: m.mean() for name, m in moments.items()}

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
-from libortho.methods.spectral import SpectralConfig, rank_ratio_for, split_spectral
+from libortho.methods.spectral import BLOCK_BYTES, SpectralConfig, rank_ratio_for, split_spectral
 from libortho.report import Split
 from libortho.solvers.problem import LayerSolver, Problem, timed
 from libortho.workers import Piece
@@ -42,7 +42,7 @@ def solve_spectral(problem: Problem, method: SpectralConfig) -> dict[str, Split]
 def spectral_memory(shape: tuple[int, int]) -> int:
     """Bytes that the split of a layer (out_features, in_features) takes, about (an upper bound).
 
-    Eight fp32 copies (weight, low-rank part, dequantised base, residual, its score and their
-    temporaries) and four fp32 squares of the shorter side (Gram matrix, eigenvectors, workspace).
+    Four fp32 copies (the weight, its low-rank part, the codes and the product that the part is made
+    of), four fp32 squares of the shorter side (Gram matrix, eigenvectors, workspace), and blocks.
     """
-    return 32 * shape[0] * shape[1] + 16 * min(shape) ** 2
+    return 16 * shape[0] * shape[1] + 16 * min(shape) ** 2 + 8 * BLOCK_BYTES

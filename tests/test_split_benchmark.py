@@ -1,0 +1,61 @@
+"""benchmarks/split.py in its quick form, on tiny sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def split(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("split_benchmark", BENCHMARKS / "split.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "split_benchmark", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("power", [1.0, 2.5])
+def test_exponent(split: ModuleType, power: float) -> None:
+    sizes = [1, 10, 100, 1000, 10_000]
+    # The small sizes are all overhead; they are not fitted.
+    seconds = [7.0, 7.0, *(3e-4 * size**power for size in sizes[2:])]
+    assert split.exponent(sizes, seconds) == pytest.approx(power)
+
+
+def test_quick_form(split: ModuleType, tiny_llama, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(split, "SIZES", {True: (16, 32, 48)})
+    monkeypatch.setattr(split, "TOKENS", {True: (1024, 2048, 3072)})
+    out = {name: tmp_path / name for name in ("split.json", "bars.json", "split.png")}
+    arguments = ["--quick", "--shape", "64", "2048", "--tokens", "500"]
+    arguments += ["--model", str(folder), "--plot", str(out["split.png"])]
+    arguments += ["--json", str(out["split.json"]), "--bars", str(out["bars.json"])]
+    status = split.main(arguments)
+    found = json.loads(out["split.json"].read_text())
+    assert [set(bar) for bar in found["bars"]] == [{"bar", "value", "required", "holds"}] * 6
+    assert status == (0 if all(bar["holds"] for bar in found["bars"]) else 1)
+    kept = json.loads(out["bars.json"].read_text())
+    assert [bar["bar"] for bar in kept] == [f"split: {bar['bar']}" for bar in found["bars"]]
+    assert [layer["way"] for layer in found["layers"]] == ["spectral", "geometric"]
+    geometric = found["layers"][1]
+    assert set(geometric["seconds"]) == set(geometric["processor_seconds"])
+    assert set(geometric["seconds"]) == {"statistics", "factor", "project", "quantise"}
+    assert geometric["extra_bytes"] > 4 * 2048**2  # the moment is part of the peak
+    assert geometric["weight_bytes"] == 2 * 64 * 2048
+    assert found["model"]["tokens"] >= 500
+    assert found["model"]["solve"]["projection"]["solve"] > 0
+    assert {name.split(":")[0] for name in found["growth"]} == {"width", "tokens", "layers"}
+    assert out["split.png"].read_bytes().startswith(b"\x89PNG")
