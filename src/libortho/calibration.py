@@ -77,6 +77,11 @@ class Moments:
         self.tokens += other.tokens
         self.sequences += other.sequences
 
+    def compact_(self) -> None:
+        """Hold no more than two squares of in_features."""
+        self.body.compact_()
+        self.first.compact_()
+
     def weigh_(self, tokens: float, sequences: float) -> None:
         """Count what is there as so many times as many tokens and sequences; means stay.
 

@@ -58,6 +58,16 @@ class Gram:
             return None
         return torch.cat([self._empty(), *(rows.float() for rows in self._rows)])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held, of the matrix and of rows that are not in it yet."""
+        return sum(part.nbytes for part in (*self._rows, self._matrix) if part is not None)
+
+    def compact_(self) -> None:
+        """Hold no more than one (width, width) matrix, as is right for what travels."""
+        if self._matrix is not None or self._held > self.width // 2:
+            self._fold()
+
     def add(self, rows: Tensor) -> None:
         """Add R^T R for `rows` R, (n, width) in any floating dtype; they are kept, not copied."""
         if len(rows):

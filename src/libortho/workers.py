@@ -17,6 +17,7 @@ from torch import Tensor
 
 from libortho.calibration import Moments, Tick, second_moments
 from libortho.data.tokens import Tokens, batches
+from libortho.gram import CHUNK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +102,7 @@ def layer_groups(workers: Workers, widths: Mapping[str, int]) -> list[list[str]]
 
 
 def moments_bytes(width: int) -> int:
-    """Bytes of a layer's `Moments`: two fp32 squares of its in_features."""
+    """Bytes of a layer's `Moments` at most, compacted: two fp32 squares of its in_features."""
     return 2 * 4 * width * width
 
 
@@ -131,8 +132,10 @@ def moments_apart(
     step = -(-len(index) // SHARDS)
     starts = range(0, len(index), step)
     shards = [list(chain.from_iterable(index[i : i + step])) for i in starts]
-    # The sums and a copy on its way, and a batch's activations beside the model.
-    memory = model_bytes + 2 * sum(map(moments_bytes, widths.values())) + 2**28
+    # The sums and a copy on its way, rows that wait to be added, and a batch's activations beside
+    # the model.
+    sums = sum(2 * moments_bytes(width) + 8 * CHUNK * width for width in widths.values())
+    memory = model_bytes + sums + 2**28
     pieces = {
         f"statistics {number}": Piece(
             _shard_moments,
@@ -181,4 +184,7 @@ def _shard_moments(
     model = _loaded(name)
     chosen = {layer: model.get_submodule(layer) for layer in layers}
     with torch.no_grad():
-        return second_moments(model, chosen, items, weights=weights)
+        found = second_moments(model, chosen, items, weights=weights)
+    for moments in found.values():
+        moments.compact_()
+    return found
