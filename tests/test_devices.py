@@ -156,6 +156,9 @@ class Placed(Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def tolist(self) -> Any:
+        return self.inner.tolist()
+
     @classmethod
     def __torch_dispatch__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None

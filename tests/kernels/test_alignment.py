@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from libortho.base import BaseConfig, quantize
+from libortho import BaseConfig
+from libortho.base import quantize
 from libortho.kernels import cpu, native, reference
 
 
