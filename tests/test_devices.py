@@ -255,4 +255,6 @@ def test_no_tensors_of_two_devices_meet(
     layers = [loaded.get_submodule("model.layers.1.mlp.down_proj") for loaded in (plain, spread)]
     assert layers[1].base.qdata.device == TWO
     assert layers[1].ortho.tensors[0].device == TWO
-    assert torch.equal(layers[0].base.qdata, layers[1].base.qdata.inner)
+    # Other kernels, another order of sums: a code may end on the other side of a half.
+    codes = [layers[0].base.qdata.int(), layers[1].base.qdata.inner.int()]
+    assert (codes[0] - codes[1]).abs().max() <= 1

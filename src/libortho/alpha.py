@@ -88,7 +88,7 @@ class Alpha:
 def _values(rows: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     # Kept for later calls, some of which may want gradients: not an inference tensor.
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=dtype, device=device)
+        return torch.tensor(rows, dtype=dtype).to(device)
 
 
 def _factor_shape(output: Tensor) -> tuple[int, ...]:
