@@ -105,7 +105,7 @@ class Int4Base(BaseStream):
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        rows, columns = super().shape
+        rows, columns = self._buffers["qdata"].shape  # type: ignore[union-attr]
         return rows, 2 * columns
 
 
