@@ -49,7 +49,7 @@ class Rounds:
     Args:
         variants: name -> function of a running number; it does the work once.
         rounds: how many.
-        seconds: about how long one variant is timed in one round (at least one call).
+        seconds: about how long one variant is timed in one round; 0 for one call.
     """
 
     def __init__(
@@ -58,9 +58,11 @@ class Rounds:
         calls = {}
         for name, function in variants.items():
             function(0)
-            start = time.perf_counter()
-            function(1)
-            calls[name] = max(1, round(seconds / (time.perf_counter() - start)))
+            calls[name] = 1
+            if seconds > 0:
+                start = time.perf_counter()
+                function(1)
+                calls[name] = max(1, round(seconds / (time.perf_counter() - start)))
         self.times: dict[str, list[float]] = {name: [] for name in variants}
         counts = dict.fromkeys(variants, 2)
         names = list(variants)

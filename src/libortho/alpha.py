@@ -15,13 +15,12 @@ Both hold in a model compiled by `torch.compile` too: its graph asks for alpha e
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -43,6 +42,12 @@ class Alpha:
     """
 
     rows: tuple[float, ...]
+    _tensors: dict[tuple[torch.dtype, torch.device], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __reduce__(self) -> tuple[type[Alpha], tuple[tuple[float, ...]]]:
+        return Alpha, (self.rows,)  # a copy, or another process, makes its own tensors
 
     @property
     def is_zero(self) -> bool:
@@ -66,7 +71,13 @@ class Alpha:
                 f"{tuple(batch.shape)}: its first dimension must be a multiple of that number"
             )
         dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
-        return _values(self.rows, dtype, batch.device)
+        found = self._tensors.get((dtype, batch.device))
+        if found is None:
+            # Kept for later calls, some of which may want gradients: not an inference tensor.
+            with torch.inference_mode(False):
+                found = torch.tensor(self.rows, dtype=dtype).to(batch.device)
+            self._tensors[dtype, batch.device] = found
+        return found
 
     def factor(self, output: Tensor) -> Tensor:
         """What every row of `output` is multiplied by.
@@ -82,13 +93,6 @@ class Alpha:
         """
         shape = _factor_shape(output)
         return self.tensor(output).repeat_interleave(shape[0] // len(self.rows)).reshape(shape)
-
-
-@functools.lru_cache(maxsize=256)
-def _values(rows: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Kept for later calls, some of which may want gradients: not an inference tensor.
-    with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=dtype).to(device)
 
 
 def _factor_shape(output: Tensor) -> tuple[int, ...]:

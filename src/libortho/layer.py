@@ -128,11 +128,16 @@ class OrthoLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.base.shape[1]
+        return self._stream.shape[1]
 
     @property
     def out_features(self) -> int:
-        return self.base.shape[0]
+        return self._stream.shape[0]
+
+    @property
+    def _stream(self) -> BaseStream:
+        # `self.base` without nn.Module's attribute lookup, which a small layer's call feels.
+        return self._modules["base"]  # type: ignore[return-value]
 
     def require_ortho(self, alpha: _alpha.Alpha, name: str = "") -> None:
         """Raise OrthoStreamMissing where `alpha` needs an ortho stream that is not there."""
@@ -161,12 +166,14 @@ class OrthoLinear(nn.Module):
             if self.ortho is not None:
                 y = _alpha.add_scaled(y, self.ortho(x), self._key)
             return y if self.bias is None else y + self.bias.to(y.dtype)
-        alpha = _alpha.current_alpha(self)
+        alpha, bias = _alpha.current_alpha(self), self._buffers["bias"]
         if alpha.is_zero:
-            return self.base(x, self.bias)
-        self.require_ortho(alpha)
-        assert self.ortho is not None
-        return self.base(x, self.bias, self.ortho.tensors, alpha.tensor(x))
+            return self._stream(x, bias)
+        ortho = self._modules.get("ortho")
+        if ortho is None:
+            self.require_ortho(alpha)
+        assert isinstance(ortho, OrthoStream)
+        return self._stream(x, bias, ortho.tensors, alpha.tensor(x))
 
     def effective_weight(self, alpha: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """base + alpha * ortho as one dense (out_features, in_features) matrix."""

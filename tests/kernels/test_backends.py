@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -82,6 +83,71 @@ def test_both_native_paths_at_any_number_of_rows(rows: int, tiles: bool) -> None
                 operands.alpha, tiles,
             )  # fmt: skip
             torch.testing.assert_close(y.double(), cases.exact(operands, x), atol=3e-2, rtol=1e-2)
+
+
+# Three or fewer blocks of sixteen rows, and more; columns of one panel, of several, and an odd end;
+# outputs of one group, and of several.
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features"),
+    [
+        (7, 1100, 150),
+        (32, 513, 40),
+        (33, 1100, 150),
+        (48, 1025, 131),
+        (80, 2079, 33),
+        (270, 600, 9),
+    ],
+)
+@pytest.mark.parametrize("alpha", cases.ALPHAS)
+@pytest.mark.parametrize("way", [native.TILES, native.INT8_TILES])
+def test_sparse_entries_of_every_panel_and_block(
+    way: int, alpha: str, rows: int, in_features: int, out_features: int
+) -> None:
+    """The ortho stream alone: beside a base of zeros nothing hides its error."""
+    if not (native.available() and native.has_tiles()):
+        pytest.skip("no C++ operators, or no matrix tiles")
+    x = torch.randn(rows, in_features).bfloat16()
+    for kind in ("sparse", "sparse fp32", "all zero"):
+        made = cases.make("int8", kind, alpha, rows, in_features, out_features, bias=False)
+        operands = dataclasses.replace(made, qdata=torch.zeros_like(made.qdata))
+        order = _shuffled_rows(operands.ortho)  # columns of a row may come in any order
+        y = native.split_linear()(
+            x, operands.qdata, operands.scale, None, None, order, operands.alpha, way
+        )
+        want = cases.exact(operands, x)
+        torch.testing.assert_close(y.double(), want, atol=1e-5, rtol=2**-8)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7, 8, 9, 17, 33])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16, 33, 257])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_rank_of_any_rank(rank: int, rows: int, dtype: torch.dtype) -> None:
+    """The ortho stream alone, as above; tiles hold eight ranks, vectors sixteen."""
+    if not native.available():
+        pytest.skip("the C++ operators are not built: python -m libortho.kernels.native")
+    in_features, out_features = 203, 37
+    made = cases.make("int8", "none", "0", rows, in_features, out_features, bias=False)
+    factors = (
+        torch.randn(out_features, rank).to(dtype),
+        (torch.randn(rank, in_features) / in_features**0.5).to(dtype),
+    )
+    operands = dataclasses.replace(
+        made, qdata=torch.zeros_like(made.qdata), ortho=factors, alpha=torch.rand(rows)
+    )
+    x = torch.randn(rows, in_features).bfloat16()
+    y = operands(cpu.linear, x)
+    torch.testing.assert_close(y.double(), cases.exact(operands, x), atol=2e-4, rtol=2**-8)
+
+
+def _shuffled_rows(ortho: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    crow, col, values = ortho
+    order = torch.cat(
+        [
+            a + torch.randperm(b - a)
+            for a, b in zip(crow[:-1].tolist(), crow[1:].tolist(), strict=True)
+        ]
+    )
+    return crow, col[order].contiguous(), values[order].contiguous()
 
 
 @pytest.mark.parametrize("base", ["int8", "int8 wide groups", "int4", "int4 wide groups"])

@@ -35,7 +35,8 @@ class BaseStream(StoredModule):
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return (self.qdata.shape[0], self.qdata.shape[1])
+        rows, columns = self._buffers["qdata"].shape  # type: ignore[union-attr]
+        return rows, columns
 
     def forward(
         self,
@@ -104,7 +105,8 @@ class Int4Base(BaseStream):
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return (self.qdata.shape[0], 2 * self.qdata.shape[1])
+        rows, columns = self._buffers["qdata"].shape  # type: ignore[union-attr]
+        return rows, 2 * columns
 
 
 def set_int8_activations(model: nn.Module, on: bool = True) -> None:

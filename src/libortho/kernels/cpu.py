@@ -80,7 +80,10 @@ def _stored_as_expected(qdata: Tensor, scale: Tensor | None, ortho: Sequence[Ten
         return False
     if not qdata.is_contiguous():
         return False
-    return all(part.is_contiguous() for part in ortho) and (not ortho or ortho[-1].dtype in _DTYPES)
+    for part in ortho:  # a generator would cost as much as the rest
+        if not part.is_contiguous():
+            return False
+    return not ortho or ortho[-1].dtype in _DTYPES
 
 
 @functools.lru_cache(maxsize=64)

@@ -26,19 +26,6 @@ struct FloatBlocks {
 struct TileBlocks {
   const uint8_t* data;
   int64_t padded;  // bytes of a row
-
-  // Column k of bf16 rows.
-  F column(int64_t block, int64_t k) const {
-    const U pair = load<U>(data + (block * padded + (k & ~int64_t{1}) * 2) * kLanes);
-    const uint32_t shift = k & 1 ? 0 : 16;
-    return std::bit_cast<F>((pair << shift) & 0xffff0000u);
-  }
-  // Columns k and k + 1, k even.
-  void pair(int64_t block, int64_t k, F& first, F& second) const {
-    const U both = load<U>(data + (block * padded + k * 2) * kLanes);
-    first = std::bit_cast<F>(both << 16);
-    second = std::bit_cast<F>(both & 0xffff0000u);
-  }
 };
 
 template <class X>
@@ -90,8 +77,8 @@ inline F alpha_lanes(Alpha alpha, int64_t rows, int64_t block) {
 }
 
 // Sums of R factors' rows times the columns of one block.
-template <int64_t R, class X>
-inline void right_lanes(const float* right, const X& x, int64_t in, int64_t block, F* result) {
+template <int64_t R>
+inline void right_lanes(const float* right, const FloatBlocks& x, int64_t in, int64_t block, F* result) {
   F acc[R] = {};
   int64_t k = 0;
   for (; k + 2 <= in; k += 2) {
@@ -108,9 +95,8 @@ inline void right_lanes(const float* right, const X& x, int64_t in, int64_t bloc
 }
 
 // alpha * right x^T of one block: (rank, 16). `right` is (rank, in).
-template <class X>
-void low_rank_block(const float* right, int64_t rank, const X& x, int64_t in, int64_t block,
-                    F alpha, float* inner) {
+inline void low_rank_block(const float* right, int64_t rank, const FloatBlocks& x, int64_t in,
+                           int64_t block, F alpha, float* inner) {
   for (int64_t r = 0; r < rank;) {
     F some[4];
     const float* from = right + r * in;
@@ -129,20 +115,16 @@ void low_rank_block(const float* right, int64_t rank, const X& x, int64_t in, in
   }
 }
 
-// Left times `inner` for output n and one block of rows.
-template <class V>
-inline F low_rank_lanes(const Ortho<V>& ortho, const float* inner, int64_t block, int64_t n) {
+// One output's `left` times `inner` of one block of rows.
+inline F low_rank_lanes(const float* left, int64_t rank, const float* inner) {
   F result = {};
-  for (int64_t r = 0; r < ortho.rank; ++r) {
-    result += load<F>(inner + (block * ortho.rank + r) * kLanes) *
-              number(ortho.left[n * ortho.rank + r]);
-  }
+  for (int64_t r = 0; r < rank; ++r) result += load<F>(inner + r * kLanes) * left[r];
   return result;
 }
 
 // alpha * sparse(x) of output n for B neighbouring blocks of rows.
-template <int B, class X, class V>
-inline void sparse_lanes(const Ortho<V>& ortho, const X& x, const F* alpha, int64_t block,
+template <int B, class V>
+inline void sparse_lanes(const Ortho<V>& ortho, const FloatBlocks& x, const F* alpha, int64_t block,
                          int64_t n, F* result) {
   F acc[B] = {};
   for (int32_t j = ortho.crow[n]; j < ortho.crow[n + 1]; ++j) {
@@ -156,16 +138,18 @@ constexpr int64_t kBlocksAtOnce = 4;
 
 // alpha * ortho(x) of outputs [begin, end) for all blocks: (outputs, 16 * blocks). The outer loop
 // is over a few blocks, whose columns the cache then holds for all outputs.
-template <class X, class V>
-void ortho_rows(const Ortho<V>& ortho, const X& x, const float* inner, const F* alpha,
+template <class V>
+void ortho_rows(const Ortho<V>& ortho, const FloatBlocks& x, const float* inner, const F* alpha,
                 int64_t blocks, int64_t begin, int64_t end, float* to) {
+  const Buffer<float> left = widened(ortho.left + begin * ortho.rank, (end - begin) * ortho.rank);
   for (int64_t block = 0; block < blocks; block += kBlocksAtOnce) {
     const int64_t count = std::min(kBlocksAtOnce, blocks - block);
     for (int64_t n = begin; n < end; ++n) {
       F result[kBlocksAtOnce] = {};
       if (ortho.kind == OrthoKind::kLowRank) {
         for (int64_t b = 0; b < count; ++b) {
-          result[b] = low_rank_lanes(ortho, inner, block + b, n);
+          result[b] = low_rank_lanes(left.get() + (n - begin) * ortho.rank, ortho.rank,
+                                     inner + (block + b) * ortho.rank * kLanes);
         }
       } else {
         switch (count) {
@@ -213,8 +197,8 @@ inline void store_square(const float* square, int64_t rows, int64_t outputs, int
 }
 
 // y[:, begin .. end] += alpha * ortho(x).
-template <class X, class Y, class V>
-void add_ortho(const Ortho<V>& ortho, const X& x, const float* inner, const F* alpha, int64_t rows,
+template <class Y, class V>
+void add_ortho(const Ortho<V>& ortho, const FloatBlocks& x, const float* inner, const F* alpha, int64_t rows,
                int64_t out, int64_t begin, int64_t end, Y* y) {
   const int64_t blocks = up(rows, kLanes) / kLanes;
   const Buffer<float> terms((end - begin) * blocks * kLanes);

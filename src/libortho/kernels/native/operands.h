@@ -30,6 +30,23 @@ class Buffer {
   std::unique_ptr<T, Free> memory_;
 };
 
+// `count` numbers as fp32.
+template <class X>
+void widen_all(const X* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const F lanes = widen(from + i);
+    std::memcpy(to + i, &lanes, sizeof lanes);
+  }
+  for (; i < count; ++i) to[i] = number(from[i]);
+}
+template <class X>
+Buffer<float> widened(const X* from, int64_t count) {
+  Buffer<float> wide(count);
+  widen_all(from, count, wide.get());
+  return wide;
+}
+
 enum class Storage { kFp16, kInt8, kInt4 };
 
 // W (out, in), as kernels/reference.py defines its three forms.

@@ -144,29 +144,14 @@ void run_few(const Weight& w, const Ortho<V>& ortho, Alpha alpha, const X* bias,
   });
 }
 
-// alpha and, for low rank, alpha * right x^T of every block.
-template <class V>
+// alpha of every block of rows and, for low rank, alpha * right x^T.
 struct Prepared {
-  Prepared(const Ortho<V>& ortho, int64_t blocks, int64_t in)
-      : alpha(ortho.none() ? 0 : blocks),
-        inner(ortho.rank * blocks * kLanes),
-        right(ortho.rank * in) {
-    for (int64_t i = 0; i < ortho.rank * in; ++i) right[i] = number(ortho.right[i]);
-  }
-
-  template <class Packed>
-  void block(const Ortho<V>& ortho, const Packed& x, Alpha of, int64_t rows, int64_t in,
-             int64_t block) const {
-    if (ortho.none()) return;
-    alpha[block] = alpha_lanes(of, rows, block);
-    if (ortho.kind == OrthoKind::kLowRank) {
-      low_rank_block(right.get(), ortho.rank, x, in, block, alpha[block],
-                     inner.get() + block * ortho.rank * kLanes);
-    }
-  }
+  template <class V>
+  Prepared(const Ortho<V>& ortho, int64_t blocks)
+      : alpha(ortho.none() ? 0 : blocks), inner(ortho.rank * blocks * kLanes) {}
 
   Buffer<F> alpha;
-  Buffer<float> inner, right;
+  Buffer<float> inner;
 };
 
 #ifdef LIBORTHO_TILES
@@ -180,8 +165,11 @@ void run_tiles(const Weight& w, const Ortho<V>& ortho, Alpha alpha, const BFloat
   const Buffer<uint8_t> narrow(kInt8 ? blocks * kLanes * rounded : 0);
   const Buffer<F> steps(kInt8 ? blocks : 0);
   const TileBlocks columns{wide.get(), plain}, codes{narrow.get(), rounded};
-  const Prepared<V> prepared(ortho, blocks, w.in);
+  const Prepared prepared(ortho, blocks);
+  const RightTiles right(ortho, w.in, plain);
   parallel(blocks, w.in * kLanes, [&](int64_t begin, int64_t end) {
+    std::optional<TileSession> session;
+    if (ortho.rank > 0) session.emplace(right.height());
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = block * kLanes, count = std::min(kLanes, rows - row);
       const BFloat16* from = x + row * w.in;
@@ -195,7 +183,11 @@ void run_tiles(const Weight& w, const Ortho<V>& ortho, Alpha alpha, const BFloat
         steps[block] = step;
         pack_tiles(some.get(), count, w.in, narrow.get() + row * rounded);
       }
-      prepared.block(ortho, columns, alpha, rows, w.in, block);
+      if (!ortho.none()) prepared.alpha[block] = alpha_lanes(alpha, rows, block);
+      if (ortho.rank > 0) {
+        right.inner(wide.get() + row * plain, prepared.alpha[block],
+                    prepared.inner.get() + row * ortho.rank);
+      }
     }
   });
   parallel(up(w.out, kUnit) / kUnit, w.in * kUnit, [&](int64_t begin, int64_t end) {
@@ -279,11 +271,15 @@ void add_ortho_(Tensor y, Tensor x, std::vector<Tensor> ortho, Maybe alpha) {
       using X = decltype(number);
       const Buffer<float> packed(blocks * kLanes * in);
       const FloatBlocks columns{packed.get(), in};
-      const Prepared<V> prepared(parts, blocks, in);
+      const Prepared prepared(parts, blocks);
+      const Buffer<float> right = widened(parts.right, parts.rank * in);
       parallel(blocks, in * kLanes, [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           pack_floats(data<X>(x), rows, in, block, packed.get());
-          prepared.block(parts, columns, shared, rows, in, block);
+          if (parts.none()) continue;
+          prepared.alpha[block] = alpha_lanes(shared, rows, block);
+          low_rank_block(right.get(), parts.rank, columns, in, block, prepared.alpha[block],
+                         prepared.inner.get() + block * parts.rank * kLanes);
         }
       });
       X* to = static_cast<X*>(y.mutable_data_ptr());

@@ -41,18 +41,6 @@ struct FewRows {
     }
   }
 
-  template <class X>
-  static Buffer<float> widened(const X* x, int64_t count) {
-    Buffer<float> wide(count);
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      const F lanes = widen(x + i);
-      std::memcpy(wide.get() + i, &lanes, sizeof lanes);
-    }
-    for (; i < count; ++i) wide[i] = number(x[i]);
-    return wide;
-  }
-
   // Whether the base's products go through `integers`.
   bool whole() const {
 #ifdef LIBORTHO_INTEGERS
@@ -118,35 +106,22 @@ inline void dot4(const uint8_t* w, const float* x, int64_t stride, int64_t count
   for (int m = 0; m < M; ++m) acc[m] += (even[m] + odd[m]) * scale;
 }
 
-// One row of a CSR matrix times one row of x.
+// alpha * values[j] * x[col[j]] of `count` entries, whatever rows they belong to: rows alone are too
+// short to fill vectors.
 template <class V>
-inline F sparse_dot(const int32_t* col, const V* values, int64_t count, const float* x) {
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-  __m512 acc = _mm512_setzero_ps();
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const int64_t left = count - j;
-    const __mmask16 mask = left >= kLanes ? 0xffff : (1u << left) - 1;
-    const __m512i at = _mm512_maskz_loadu_epi32(mask, col + j);
-    __m512 value;
-    if constexpr (sizeof(V) == 4) {
-      value = _mm512_maskz_loadu_ps(mask, values + j);
-    } else {
-      const __m256i bits = _mm256_maskz_loadu_epi16(mask, values + j);
-      if constexpr (std::is_same_v<V, Half>) {
-        value = _mm512_cvtph_ps(bits);
-      } else {
-        value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-      }
-    }
-    const __m512 taken = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, at, x, 4);
-    acc = _mm512_fmadd_ps(value, taken, acc);
+inline void products(const int32_t* col, const V* values, int64_t count, const float* x,
+                     float alpha, float* to) {
+  int64_t j = 0;
+#ifdef __AVX512F__
+  for (; j + kLanes <= count; j += kLanes) {
+    ask_for<512>(col + j);
+    ask_for<256>(values + j);
+    const __m512 taken = _mm512_i32gather_ps(_mm512_loadu_si512(col + j), x, 4);
+    const F product = widen(values + j) * alpha * std::bit_cast<F>(taken);
+    std::memcpy(to + j, &product, sizeof product);
   }
-  return std::bit_cast<F>(acc);
-#else
-  F acc = {};
-  for (int64_t j = 0; j < count; ++j) acc[j % kLanes] += number(values[j]) * x[col[j]];
-  return acc;
 #endif
+  for (; j < count; ++j) to[j] = number(values[j]) * alpha * x[col[j]];
 }
 
 // int4: groups of `count` columns, which is Group unless that is 0.
@@ -216,53 +191,58 @@ inline void base_dots(const Weight& w, const FewRows& x, int64_t row, int64_t n,
   for (int r = 0; r < R; ++r) base_dots<M>(w, x, row, n + r, total[r], rest[r]);
 }
 
-// Asks for what the sparse rows from n on hold: short rows end before hardware sees a stream.
-template <class V>
-inline void ask_for_rows(const Ortho<V>& ortho, int64_t n, int64_t end) {
-  for (int64_t j = ortho.crow[n]; j < ortho.crow[end]; j += kLanes) {
-    __builtin_prefetch(ortho.col + j);
-    __builtin_prefetch(ortho.values + j);
-  }
-}
+// What the outputs of a call share of the ortho stream.
+struct Added {
+  const float* inner;     // low rank: alpha * right x^T, (rows, rank), each row up to whole vectors
+  const float* products;  // sparse: of the entries from `first` on, (rows, stride)
+  int64_t first, stride;
+};
 
 // y[row .. row + M][n .. n + R] = base + alpha * ortho, in fp32.
 template <int R, int M, class V>
-inline void outputs(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const float* inner,
-                    Alpha alpha, int64_t row, int64_t n, float* y) {
+inline void outputs(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const Added& added,
+                    int64_t row, int64_t n, float* y) {
   F total[R][M] = {};
   float rest[R][M] = {};
-  if (ortho.kind == OrthoKind::kSparse) ask_for_rows(ortho, n, n + R);
   base_dots<R, M>(w, x, row, n, total, rest);
-  for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < M; ++m) {
-      if (ortho.kind == OrthoKind::kSparse) {
-        const int64_t start = ortho.crow[n + r], count = ortho.crow[n + r + 1] - start;
-        const float* from = x.plain.get() + (row + m) * x.in;
-        total[r][m] += alpha.at(row + m) *
-                       sparse_dot(ortho.col + start, ortho.values + start, count, from);
-      } else if (ortho.kind == OrthoKind::kLowRank) {
-        for (int64_t i = 0; i < ortho.rank; ++i) {
-          rest[r][m] += inner[(row + m) * ortho.rank + i] *
-                        number(ortho.left[(n + r) * ortho.rank + i]);
+  if (ortho.kind == OrthoKind::kSparse) {
+    for (int r = 0; r < R; ++r) {
+      const int64_t start = ortho.crow[n + r], count = ortho.crow[n + r + 1] - start;
+      for (int64_t j = 0; j < count; j += kLanes) {
+        for (int m = 0; m < M; ++m) {
+          total[r][m] += widen_first(
+              added.products + (row + m) * added.stride + start - added.first + j, count - j);
         }
       }
-      y[(row + m) * w.out + n + r] = sum(total[r][m]) + rest[r][m];
     }
+  } else if (ortho.kind == OrthoKind::kLowRank) {
+    for (int r = 0; r < R; ++r) {
+      const V* left = ortho.left + (n + r) * ortho.rank;
+      for (int64_t i = 0; i < ortho.rank; i += kLanes) {
+        const F some = widen_first(left + i, ortho.rank - i);
+        for (int m = 0; m < M; ++m) {
+          total[r][m] += some * load<F>(added.inner + (row + m) * up(ortho.rank, kLanes) + i);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < M; ++m) y[(row + m) * w.out + n + r] = sum(total[r][m]) + rest[r][m];
   }
 }
 
-// alpha * x right^T, (rows, rank): so little that a second thread would cost more than it brings.
+// alpha * x right^T, see Added: so little that a second thread would cost more than it brings.
 template <class V>
 Buffer<float> low_rank_inner(const Ortho<V>& ortho, const FewRows& x, Alpha alpha) {
-  const bool needed = ortho.kind == OrthoKind::kLowRank;
-  Buffer<float> inner(needed ? x.rows * ortho.rank : 0);
-  if (!needed) return inner;
+  const int64_t stride = up(ortho.rank, kLanes);
+  Buffer<float> inner(x.rows * stride);
+  std::memset(inner.get(), 0, x.rows * stride * sizeof(float));
   for (int64_t row = 0; row < x.rows; ++row) {
     for (int64_t r = 0; r < ortho.rank; ++r) {
       F acc = {};
       float rest = 0;
       dot<1>(ortho.right + r * x.in, x.plain.get() + row * x.in, x.in, x.in, &acc, &rest);
-      inner[row * ortho.rank + r] = alpha.at(row) * (sum(acc) + rest);
+      inner[row * stride + r] = alpha.at(row) * (sum(acc) + rest);
     }
   }
   return inner;
@@ -270,31 +250,57 @@ Buffer<float> low_rank_inner(const Ortho<V>& ortho, const FewRows& x, Alpha alph
 
 // R outputs of every row.
 template <int R, class V>
-inline void all_rows(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const float* inner,
-                     Alpha alpha, int64_t n, float* y) {
+inline void all_rows(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const Added& added,
+                     int64_t n, float* y) {
   for (int64_t row = 0; row < x.rows; row += kRowsAtOnce) {
     switch (std::min(kRowsAtOnce, x.rows - row)) {
-      case 1: outputs<R, 1>(w, ortho, x, inner, alpha, row, n, y); break;
-      case 2: outputs<R, 2>(w, ortho, x, inner, alpha, row, n, y); break;
-      case 3: outputs<R, 3>(w, ortho, x, inner, alpha, row, n, y); break;
-      default: outputs<R, 4>(w, ortho, x, inner, alpha, row, n, y);
+      case 1: outputs<R, 1>(w, ortho, x, added, row, n, y); break;
+      case 2: outputs<R, 2>(w, ortho, x, added, row, n, y); break;
+      case 3: outputs<R, 3>(w, ortho, x, added, row, n, y); break;
+      default: outputs<R, 4>(w, ortho, x, added, row, n, y);
     }
   }
 }
 
 // Outputs [begin, end) of every row; as many at once as registers hold the sums of.
 template <class V>
-void few_rows(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const float* inner,
-              Alpha alpha, int64_t begin, int64_t end, float* y) {
+void some_outputs(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const Added& added,
+                  int64_t begin, int64_t end, float* y) {
   int64_t n = begin;
   if (x.rows == 1) {
-    for (; n + 8 <= end; n += 8) outputs<8, 1>(w, ortho, x, inner, alpha, 0, n, y);
+    for (; n + 8 <= end; n += 8) outputs<8, 1>(w, ortho, x, added, 0, n, y);
   }
   if (x.rows == 2) {
-    for (; n + 4 <= end; n += 4) outputs<4, 2>(w, ortho, x, inner, alpha, 0, n, y);
+    for (; n + 4 <= end; n += 4) outputs<4, 2>(w, ortho, x, added, 0, n, y);
   }
-  for (; n + 2 <= end; n += 2) all_rows<2>(w, ortho, x, inner, alpha, n, y);
-  for (; n < end; ++n) all_rows<1>(w, ortho, x, inner, alpha, n, y);
+  for (; n + 2 <= end; n += 2) all_rows<2>(w, ortho, x, added, n, y);
+  for (; n < end; ++n) all_rows<1>(w, ortho, x, added, n, y);
+}
+
+constexpr int64_t kOutputsAtOnce = 64;  // so that their products stay in the first cache
+
+// The same; of a sparse stream the products first, a few outputs at a time.
+template <class V>
+void few_rows(const Weight& w, const Ortho<V>& ortho, const FewRows& x, const float* inner,
+              Alpha alpha, int64_t begin, int64_t end, float* y) {
+  if (ortho.kind != OrthoKind::kSparse) {
+    some_outputs(w, ortho, x, {inner, nullptr, 0, 0}, begin, end, y);
+    return;
+  }
+  int64_t most = 0;
+  for (int64_t n = begin; n < end; n += kOutputsAtOnce) {
+    const int64_t last = std::min(end, n + kOutputsAtOnce);
+    most = std::max<int64_t>(most, ortho.crow[last] - ortho.crow[n]);
+  }
+  const Buffer<float> some(x.rows * most);
+  for (int64_t n = begin; n < end; n += kOutputsAtOnce) {
+    const int64_t last = std::min(end, n + kOutputsAtOnce), first = ortho.crow[n];
+    for (int64_t row = 0; row < x.rows; ++row) {
+      products(ortho.col + first, ortho.values + first, ortho.crow[last] - first,
+               x.plain.get() + row * x.in, alpha.at(row), some.get() + row * most);
+    }
+    some_outputs(w, ortho, x, {nullptr, some.get(), first, most}, n, last, y);
+  }
 }
 
 }  // namespace libortho

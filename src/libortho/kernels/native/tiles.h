@@ -34,7 +34,8 @@ inline bool tiles_permitted() {
 
 class TileSession {
  public:
-  TileSession() {
+  // `first_rows` of tiles 0 to 5, which are of 16 otherwise.
+  explicit TileSession(int64_t first_rows = kTileRows) {
     struct alignas(64) Config {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t column_bytes[16] = {};
@@ -42,7 +43,7 @@ class TileSession {
     } config;
     for (int tile = 0; tile < 8; ++tile) {
       config.column_bytes[tile] = 64;
-      config.rows[tile] = kTileRows;
+      config.rows[tile] = tile < 6 ? first_rows : kTileRows;
     }
     _tile_loadconfig(&config);
   }
@@ -235,11 +236,184 @@ inline void multiply(const uint8_t* panel, const uint8_t* x0, const uint8_t* x1,
   }
 }
 
-// Scale, ortho stream and bias of 16 outputs; then into y.
-template <bool kInt8, class V>
-void finish(const Weight& w, const Ortho<V>& ortho, const float* inner, const float* sparse,
-            const F* steps, const BFloat16* bias, int64_t rows, int64_t n0, const float* sums,
-            BFloat16* y) {
+// The right factor for tiles: each of its numbers as the sum of two of bf16, in two rows, which is
+// exact for fp16 and bf16. Bands of at most 16 rows; a band is (tiles, height, 32).
+class RightTiles {
+ public:
+  template <class V>
+  RightTiles(const Ortho<V>& ortho, int64_t in, int64_t padded)
+      : rank_(ortho.rank), tiles_(padded / kTileBytes),
+        height_(std::min(kTileRows, 2 * rank_)),
+        bands_(rank_ == 0 ? 0 : up(2 * rank_, height_) / height_),
+        data_(bands_ * tiles_ * height_ * kTileColumns) {
+    std::memset(data_.get(), 0, bands_ * tiles_ * height_ * kTileBytes);
+    for (int64_t r = 0; r < rank_; ++r) {
+      uint16_t* to = data_.get() + 2 * r / height_ * tiles_ * height_ * kTileColumns +
+                     2 * r % height_ * kTileColumns;
+      for (int64_t k = 0; k < in; k += kLanes) {
+        const F value = widen_first(ortho.right + r * in + k, in - k);
+        const __m256i high = (__m256i)_mm512_cvtneps_pbh((__m512)value);
+        const F rest = value - (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+        uint16_t* at = to + k / kTileColumns * height_ * kTileColumns + k % kTileColumns;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), high);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + kTileColumns),
+                            (__m256i)_mm512_cvtneps_pbh((__m512)rest));
+      }
+    }
+  }
+
+  int64_t height() const { return height_; }
+
+  // alpha * right x^T of one block: (rank, 16), within a TileSession of `height()`. Four sums at
+  // once: one waits for its own last product.
+  void inner(const uint8_t* x, F alpha, float* to) const {
+    alignas(64) float sums[4][kTileRows * kLanes];
+    const int64_t size = height_ * kTileColumns;
+    for (int64_t band = 0; band < bands_; ++band) {
+      const uint16_t* from = data_.get() + band * tiles_ * size;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      int64_t t = 0;
+      for (; t + 4 <= tiles_; t += 4) {
+        _tile_loadd(4, from + t * size, kTileBytes);
+        _tile_loadd(6, x + t * kTile, kTileBytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, from + (t + 1) * size, kTileBytes);
+        _tile_loadd(7, x + (t + 1) * kTile, kTileBytes);
+        _tile_dpbf16ps(1, 5, 7);
+        _tile_loadd(4, from + (t + 2) * size, kTileBytes);
+        _tile_loadd(6, x + (t + 2) * kTile, kTileBytes);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(5, from + (t + 3) * size, kTileBytes);
+        _tile_loadd(7, x + (t + 3) * kTile, kTileBytes);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      for (; t < tiles_; ++t) {
+        _tile_loadd(4, from + t * size, kTileBytes);
+        _tile_loadd(6, x + t * kTile, kTileBytes);
+        _tile_dpbf16ps(0, 4, 6);
+      }
+      _tile_stored(0, sums[0], kTileBytes);
+      _tile_stored(1, sums[1], kTileBytes);
+      _tile_stored(2, sums[2], kTileBytes);
+      _tile_stored(3, sums[3], kTileBytes);
+      const int64_t first = band * height_ / 2;
+      for (int64_t r = first; r < std::min(rank_, first + height_ / 2); ++r) {
+        F total = {};
+        for (int part = 0; part < 4; ++part) {
+          total += load<F>(sums[part] + 2 * (r - first) * kLanes) +
+                   load<F>(sums[part] + (2 * (r - first) + 1) * kLanes);
+        }
+        total *= alpha;
+        std::memcpy(to + r * kLanes, &total, sizeof total);
+      }
+    }
+  }
+
+ private:
+  int64_t rank_, tiles_, height_, bands_;
+  Buffer<uint16_t> data_;
+};
+
+// The ortho stream of a few outputs, made ready once for all blocks of x.
+class Terms {
+ public:
+  // For at most `outputs` outputs at a time, beginning at multiples of them from `begin` on.
+  template <class V>
+  Terms(const Ortho<V>& ortho, int64_t outputs, int64_t begin, int64_t end, int64_t stride)
+      : Terms(ortho.kind, ortho.rank, outputs, stride,
+              ortho.kind == OrthoKind::kSparse ? most(ortho.crow, outputs, begin, end) : 0) {}
+
+  template <class V>
+  void fill(const Ortho<V>& ortho, const TileBlocks& x, const F* alpha, int64_t first,
+            int64_t last) {
+    if (ortho.kind == OrthoKind::kLowRank) {
+      widen_all(ortho.left + first * rank_, (last - first) * rank_, left_.get());
+    } else if (ortho.kind == OrthoKind::kSparse) {
+      const int32_t* crow = ortho.crow + first;
+      const int64_t start = crow[0], count = crow[last - first] - start;
+      widen_all(ortho.values + start, count, value_.get());
+      for (int64_t j = 0; j < count; ++j) {
+        const int32_t col = ortho.col[start + j];
+        at_[j] = col / 2 * kTileBytes;
+        shift_[j] = col % 2 ? 0 : 16;
+      }
+      const int64_t blocks = stride_ / kLanes;
+      for (int64_t block = 0; block < blocks; block += kSparseBlocks) {
+        switch (std::min(kSparseBlocks, blocks - block)) {
+          case 1: sparse<1>(crow, last - first, x, alpha, block); break;
+          case 2: sparse<2>(crow, last - first, x, alpha, block); break;
+          case 3: sparse<3>(crow, last - first, x, alpha, block); break;
+          default: sparse<kSparseBlocks>(crow, last - first, x, alpha, block);
+        }
+      }
+    }
+  }
+
+  // Of the n-th of those outputs.
+  F lanes(int64_t n, const float* inner, int64_t block) const {
+    switch (kind_) {
+      case OrthoKind::kLowRank:
+        return low_rank_lanes(left_.get() + n * rank_, rank_, inner + block * rank_ * kLanes);
+      case OrthoKind::kSparse: return load<F>(sums_.get() + n * stride_ + block * kLanes);
+      default: return F{};
+    }
+  }
+
+  bool none() const { return kind_ == OrthoKind::kNone; }
+
+ private:
+  static constexpr int64_t kSparseBlocks = 4;
+
+  Terms(OrthoKind kind, int64_t rank, int64_t outputs, int64_t stride, int64_t entries)
+      : kind_(kind), rank_(rank), stride_(stride), left_(outputs * rank), value_(entries),
+        sums_(kind == OrthoKind::kSparse ? outputs * stride : 0), at_(entries), shift_(entries) {}
+
+  static int64_t most(const int32_t* crow, int64_t outputs, int64_t begin, int64_t end) {
+    int64_t largest = 0;
+    for (int64_t n = begin; n < end; n += outputs) {
+      largest = std::max<int64_t>(largest, crow[std::min(end, n + outputs)] - crow[n]);
+    }
+    return largest;
+  }
+
+  // B blocks at once: an entry is looked at once for all of them.
+  template <int B>
+  void sparse(const int32_t* crow, int64_t outputs, const TileBlocks& x, const F* alpha,
+              int64_t block) const {
+    const uint8_t* from = x.data + block * x.padded * kLanes;
+    const U upper = U{} + 0xffff0000u;
+    for (int64_t n = 0; n < outputs; ++n) {
+      F acc[B] = {};
+      for (int64_t j = crow[n] - crow[0]; j < crow[n + 1] - crow[0]; ++j) {
+        const U shift = U{} + static_cast<uint32_t>(shift_[j]);
+        const F value = splat(value_[j]);
+        for (int b = 0; b < B; ++b) {
+          const U pair = load<U>(from + at_[j] + b * x.padded * kLanes);
+          acc[b] += std::bit_cast<F>((pair << shift) & upper) * value;
+        }
+      }
+      float* to = sums_.get() + n * stride_ + block * kLanes;
+      for (int b = 0; b < B; ++b) {
+        const F scaled = acc[b] * alpha[block + b];
+        std::memcpy(to + b * kLanes, &scaled, sizeof scaled);
+      }
+    }
+  }
+
+  OrthoKind kind_;
+  int64_t rank_, stride_;
+  Buffer<float> left_, value_, sums_;
+  Buffer<int32_t> at_, shift_;
+};
+
+// Scale, ortho stream and bias of 16 outputs, of which the first is the `of`-th of `terms`; then
+// into y.
+template <bool kInt8>
+void finish(const Weight& w, const Terms& terms, int64_t of, const float* inner, const F* steps,
+            const BFloat16* bias, int64_t rows, int64_t n0, const float* sums, BFloat16* y) {
   const int64_t blocks = up(rows, kLanes) / kLanes, outputs = std::min(kTileRows, w.out - n0);
   const bool row_scale = w.storage == Storage::kInt8 && w.groups == 1;
   for (int64_t block = 0; block < blocks; ++block) {
@@ -249,8 +423,7 @@ void finish(const Weight& w, const Ortho<V>& ortho, const float* inner, const fl
       F value = load<F>(sums + at);
       if (kInt8) value = __builtin_convertvector(std::bit_cast<I>(value), F) * steps[block];
       if (row_scale) value *= w.scale8[n0 + n];
-      if (ortho.kind == OrthoKind::kLowRank) value += low_rank_lanes(ortho, inner, block, n0 + n);
-      if (ortho.kind == OrthoKind::kSparse) value += load<F>(sparse + at);
+      if (!terms.none()) value += terms.lanes(of + n, inner, block);
       if (bias != nullptr) value += number(bias[n0 + n]);
       std::memcpy(square + n * kLanes, &value, sizeof(F));
     }
@@ -273,10 +446,8 @@ void tile_units(const Weight& w, const Ortho<V>& ortho, const Panel& x, const fl
                 const F* alpha, const BFloat16* bias, int64_t begin, int64_t end, BFloat16* y) {
   const int64_t stride = up(x.rows, kLanes), blocks = stride / kLanes;
   const int64_t at_once = blocks <= 2 ? 1 : kPanelUnits;
-  const bool sparse = ortho.kind == OrthoKind::kSparse;
-  const int64_t first = begin * kUnit, last = std::min(w.out, end * kUnit);
-  const Buffer<float> terms(sparse ? (last - first) * stride : 0);
-  if (sparse) ortho_rows(ortho, x.ortho, inner, alpha, blocks, first, last, terms.get());
+  const int64_t last = std::min(w.out, end * kUnit);
+  Terms terms(ortho, at_once * kUnit, begin * kUnit, last, stride);
   const Buffer<uint8_t> panel(at_once * kUnit * kPanelBytes);
   const Buffer<float> sums(at_once * kUnit * stride);
   for (int64_t unit = begin; unit < end; unit += at_once) {
@@ -310,9 +481,11 @@ void tile_units(const Weight& w, const Ortho<V>& ortho, const Panel& x, const fl
         }
       }
     }
-    for (int64_t n = unit * kUnit; n < std::min(last, (unit + units) * kUnit); n += kTileRows) {
-      finish<kInt8>(w, ortho, inner, terms.get() + (sparse ? (n - first) * stride : 0), x.steps,
-                    bias, x.rows, n, sums.get() + (n - unit * kUnit) * stride, y);
+    const int64_t first = unit * kUnit, after = std::min(last, first + units * kUnit);
+    terms.fill(ortho, x.ortho, alpha, first, after);
+    for (int64_t n = first; n < after; n += kTileRows) {
+      finish<kInt8>(w, terms, n - first, inner, x.steps, bias, x.rows, n,
+                    sums.get() + (n - first) * stride, y);
     }
   }
 }

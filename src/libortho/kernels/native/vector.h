@@ -96,6 +96,25 @@ inline F widen(const Half* from) {
 #endif
 }
 
+// The first `count` neighbours as fp32, and zeros after them; what lies past them is not read.
+template <class T>
+inline F widen_first(const T* from, int64_t count) {
+  if (count >= kLanes) return widen(from);
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4) {
+    return std::bit_cast<F>(_mm512_maskz_loadu_ps(mask, from));
+  } else if constexpr (sizeof(T) == 2) {
+    alignas(32) T some[kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(some), _mm256_maskz_loadu_epi16(mask, from));
+    return widen(some);
+  }
+#endif
+  F value = {};
+  for (int64_t lane = 0; lane < count; ++lane) value[lane] = number(from[lane]);
+  return value;
+}
+
 // Sixteen table entries, chosen by the low four bits of each lane.
 inline F choose(F table, U index) {
 #ifdef __AVX512F__
