@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install native dev demo test lint types pytest docs experiment bench bench-quick bench-svd bench-quantisation \
-        bench-checkpoint bench-streaming bench-scaling bench-serving crosstalk schemathesis attack test-vllm \
+        bench-checkpoint bench-split bench-streaming bench-scaling bench-serving crosstalk schemathesis attack test-vllm \
         fuzz soak audit sbom licences lock clean
 
 help:            ## list the targets
@@ -107,6 +107,9 @@ bench-quantisation: dev ## what each way of storing the base costs (TEXT=a plain
 
 bench-checkpoint: dev ## size, load time and memory of a split checkpoint (SPLIT=, MODEL=)
 	$(BIN)/python benchmarks/checkpoint.py --split $(SPLIT) --model $(MODEL)
+
+bench-split: dev ## what the split itself costs, a 70B model's layer included: bars, and docs/split_cost.png
+	$(BIN)/python benchmarks/split.py
 
 bench-streaming: dev ## split a model larger than memory, kill it, go on (18 GB of disk)
 	$(BIN)/python benchmarks/streaming.py

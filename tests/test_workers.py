@@ -128,9 +128,7 @@ def test_groups_of_layers() -> None:
         workers.gathered_bytes = size
         assert ["".join(group) for group in layer_groups(workers, widths)] == expected, size
     assert layer_groups(ThisProcess(), widths) == [list(widths)]
-    assert moments_bytes(100) == sum(
-        part.nbytes for part in (Gram.of(torch.zeros(100, 100)),) * 2
-    )
+    assert moments_bytes(100) == sum(part.nbytes for part in (Gram.of(torch.zeros(100, 100)),) * 2)
 
 
 @pytest.mark.parametrize("method", ["descent", "projection"])

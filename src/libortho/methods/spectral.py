@@ -35,7 +35,7 @@ from libortho.ortho import SparseOrtho
 from libortho.report import Split
 
 RankRatio = float | Mapping[str, float]
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """Bytes of a block of rows, as fp32, whose residuals are looked at together."""
 
 EPSILON = 1e-8

@@ -42,7 +42,8 @@ def solve_spectral(problem: Problem, method: SpectralConfig) -> dict[str, Split]
 def spectral_memory(shape: tuple[int, int]) -> int:
     """Bytes that the split of a layer (out_features, in_features) takes, about (an upper bound).
 
-    Four fp32 copies (the weight, its low-rank part, the codes and the product that the part is made
-    of), four fp32 squares of the shorter side (Gram matrix, eigenvectors, workspace), and blocks.
+    Eight fp32 copies (the weight, its low-rank part, the product that the part is made of, codes
+    and temporaries), four fp32 squares of the shorter side (Gram matrix, eigenvectors, workspace),
+    and blocks.
     """
-    return 16 * shape[0] * shape[1] + 16 * min(shape) ** 2 + 8 * BLOCK_BYTES
+    return 32 * shape[0] * shape[1] + 16 * min(shape) ** 2 + 8 * BLOCK_BYTES
