@@ -85,8 +85,8 @@ def test_both_native_paths_at_any_number_of_rows(rows: int, tiles: bool) -> None
             torch.testing.assert_close(y.double(), cases.exact(operands, x), atol=3e-2, rtol=1e-2)
 
 
-# Three or fewer blocks of sixteen rows, and more; columns of one panel, of several, and an odd end;
-# outputs of one group, and of several.
+# One block of sixteen rows to several times four; an odd number of columns; outputs of one group or
+# of several; and x larger than what kernels take the cache for.
 @pytest.mark.parametrize(
     ("rows", "in_features", "out_features"),
     [
@@ -95,12 +95,12 @@ def test_both_native_paths_at_any_number_of_rows(rows: int, tiles: bool) -> None
         (33, 1100, 150),
         (48, 1025, 131),
         (80, 2079, 33),
-        (270, 600, 9),
+        (270, 2079, 150),
     ],
 )
 @pytest.mark.parametrize("alpha", cases.ALPHAS)
 @pytest.mark.parametrize("way", [native.TILES, native.INT8_TILES])
-def test_sparse_entries_of_every_panel_and_block(
+def test_sparse_entries_of_every_output_and_block(
     way: int, alpha: str, rows: int, in_features: int, out_features: int
 ) -> None:
     """The ortho stream alone: beside a base of zeros nothing hides its error."""

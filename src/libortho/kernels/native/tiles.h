@@ -23,6 +23,7 @@ constexpr int64_t kUnit = 2 * kTileRows;             // outputs that one thread 
 constexpr int64_t kPanelBytes = 1024;  // of a row
 constexpr int64_t kPanelColumns = kPanelBytes / 2;
 constexpr int64_t kPanelUnits = 4;
+constexpr int64_t kCachedBytes = 1 << 20;  // of x that the second cache holds beside a panel
 constexpr int64_t kPanelRows = 256;  // of x, so that sums and x's part of a panel stay in the cache
 
 // The kernel lets a process use tile registers only after it has asked.
@@ -447,7 +448,12 @@ void tile_units(const Weight& w, const Ortho<V>& ortho, const Panel& x, const fl
   const int64_t stride = up(x.rows, kLanes), blocks = stride / kLanes;
   const int64_t at_once = blocks <= 2 ? 1 : kPanelUnits;
   const int64_t last = std::min(w.out, end * kUnit);
-  Terms terms(ortho, at_once * kUnit, begin * kUnit, last, stride);
+  // Of a sparse stream all outputs at once where x is larger than the cache: x would come from
+  // memory again for each few of them.
+  const bool whole = ortho.kind == OrthoKind::kSparse && stride * x.ortho.padded > kCachedBytes;
+  const int64_t start = begin * kUnit;
+  Terms terms(ortho, whole ? last - start : at_once * kUnit, start, last, stride);
+  if (whole) terms.fill(ortho, x.ortho, alpha, start, last);
   const Buffer<uint8_t> panel(at_once * kUnit * kPanelBytes);
   const Buffer<float> sums(at_once * kUnit * stride);
   for (int64_t unit = begin; unit < end; unit += at_once) {
@@ -482,9 +488,9 @@ void tile_units(const Weight& w, const Ortho<V>& ortho, const Panel& x, const fl
       }
     }
     const int64_t first = unit * kUnit, after = std::min(last, first + units * kUnit);
-    terms.fill(ortho, x.ortho, alpha, first, after);
+    if (!whole) terms.fill(ortho, x.ortho, alpha, first, after);
     for (int64_t n = first; n < after; n += kTileRows) {
-      finish<kInt8>(w, terms, n - first, inner, x.steps, bias, x.rows, n,
+      finish<kInt8>(w, terms, n - (whole ? start : first), inner, x.steps, bias, x.rows, n,
                     sums.get() + (n - first) * stride, y);
     }
   }
