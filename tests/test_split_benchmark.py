@@ -35,7 +35,7 @@ def test_exponent(split: ModuleType, power: float) -> None:
 
 def test_quick_form(split: ModuleType, tiny_llama, tokenizer, tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "model"
-    tiny_llama().save_pretrained(folder)
+    tiny_llama(hidden_size=128, intermediate_size=256).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     monkeypatch.setattr(split, "SIZES", {True: (16, 32, 48)})
     monkeypatch.setattr(split, "TOKENS", {True: (1024, 2048, 3072)})

@@ -66,8 +66,11 @@ def weights_here(module: nn.Module) -> Iterator[None]:
 
 
 def stand_in(new: nn.Module, old: nn.Module) -> nn.Module:
-    """`new`, with its inputs brought to where `old` has them, unless it has hooks of its own."""
-    if _hooks(old) and not _hooks(new):
+    """`new`, with its inputs brought to where `old` has them, unless it has hooks of its own.
+
+    A layer without data, of a model that is only written, has no inputs.
+    """
+    if _hooks(old) and not _hooks(new) and not any(part.is_meta for part in new.parameters()):
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
         (hook,) = _hooks(old)
