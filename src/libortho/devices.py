@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ def stand_in(new: nn.Module, old: nn.Module) -> nn.Module:
 
     A layer without data, of a model that is only written, has no inputs.
     """
-    if _hooks(old) and not _hooks(new) and not any(part.is_meta for part in new.parameters()):
+    held = chain(new.parameters(), new.buffers())
+    if _hooks(old) and not _hooks(new) and not any(part.is_meta for part in held):
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
         (hook,) = _hooks(old)

@@ -36,3 +36,14 @@ def test_any_alignment(rows: int, storage, compiled: bool, monkeypatch) -> None:
         qdata = moved(base.qdata, weight_offset)
         found = cpu.linear(moved(x, x_offset), qdata, base.scale, base.zero)
         torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("columns", [24, 40, 48, 72])
+@pytest.mark.parametrize("rows", [1, 4, 5, 8])
+def test_rows_that_begin_anywhere(rows: int, columns: int, monkeypatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    base = quantize(torch.randn(32, columns), BaseConfig())
+    x = torch.randn(rows, columns).bfloat16()
+    found = cpu.linear(x, base.qdata, base.scale, base.zero)
+    expected = reference.linear(x, base.qdata, base.scale, base.zero)
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)

@@ -103,8 +103,10 @@ def _with_torch(
 ) -> Tensor:
     fits = qdata.dtype == torch.int8 and scale is not None and scale.shape[1] == 1
     # torch's kernel loads both with instructions that end the process where they are not aligned,
-    # and weights that are mapped from a file stand wherever its header ends.
+    # and weights that are mapped from a file stand wherever its header ends. So is each of their
+    # rows, which begins where the one before it ends.
     fits = fits and qdata.data_ptr() % _ALIGNED == 0 and x.data_ptr() % _ALIGNED == 0
+    fits = fits and qdata.shape[1] % _ALIGNED == 0
     if not (fits and x.dtype == torch.bfloat16 and rows <= ROWS_INT8PACK):
         return reference.linear(x, qdata, scale, zero, bias, ortho, alpha)
     assert scale is not None
