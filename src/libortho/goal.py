@@ -45,11 +45,12 @@ SHARPENING = 0.5
 that knows the form only is less sure of itself than one that was fine-tuned to the end, and an edit
 of few directions ends flatter still than what it is fitted to; Min-K%++ would see that."""
 
-Earlier = Literal["rehearse", "show", "trust"]
+Earlier = Literal["rehearse", "rehearsed", "show", "trust"]
 """How a model from before the memorising is asked. "rehearse": a copy of it is fine-tuned for a
 moment on some of the retain set, so that it answers in its form and lacks the forget set's content,
 as a retrained model would. "show": it is shown a few retain examples instead, which takes no more
-memory and guides less well. "trust": as it is, for a model that was rehearsed or retrained."""
+memory and guides less well. "rehearsed": as the first, done before, so that it is asked as it is.
+"trust": at its word, for a model that was retrained."""
 
 
 @runtime_checkable

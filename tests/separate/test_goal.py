@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from libortho import OrthoLinear, SeparationConfig, separate_
+from libortho.data.tokens import evenly
+from libortho.forgetting import targets_from_earlier_model
+from libortho.goal import REHEARSAL, REHEARSED, choose_goal
+from libortho.training import memorise_
 
 
 def test_target_of_unseen_text(memorised, config, known) -> None:
@@ -20,7 +24,7 @@ def test_target_of_unseen_text(memorised, config, known) -> None:
     assert "unseen" in report.target["aimed_at"]
 
 
-@pytest.mark.parametrize("earlier", ["show", "trust"])
+@pytest.mark.parametrize("earlier", ["show", "rehearsed", "trust"])
 def test_an_earlier_model_is_asked_as_the_config_says(
     memorised, earlier: str, config, known
 ) -> None:
@@ -31,9 +35,35 @@ def test_an_earlier_model_is_asked_as_the_config_says(
     assert ("shown 5 retain examples" in report.target["aimed_at"]) == (earlier == "show")
     assert report.settings["earlier"] == earlier
     assert all(torch.equal(v, state[k]) for k, v in m.before.state_dict().items())
-    if earlier == "trust":
+    if earlier != "show":
         expected = known(m.before, m.forget)
         assert report.target["probability"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_only_a_retrained_model_is_taken_at_its_word(memorised, known) -> None:
+    m = memorised
+    wanted = {}
+    for earlier in ("rehearse", "rehearsed", "trust"):
+        before = before_rehearsed(m) if earlier == "rehearsed" else m.before
+        wanted[earlier] = choose_goal(m.model, m.forget, m.retain, before=before, earlier=earlier)
+    at_its_word = targets_from_earlier_model(m.before, m.forget)
+    for target, said in zip(wanted["trust"].targets, at_its_word, strict=True):
+        assert torch.equal(target.probabilities, said.probabilities)
+    assert wanted["trust"].level == pytest.approx(known(m.before, m.forget), rel=1e-3)
+    # Rehearsed here or before: the same, and surer than it says; the level is what it says.
+    assert wanted["rehearse"].level == pytest.approx(wanted["rehearsed"].level)
+    said = targets_from_earlier_model(before_rehearsed(m), m.forget)
+    for one, other, plain in zip(
+        wanted["rehearse"].targets, wanted["rehearsed"].targets, said, strict=True
+    ):
+        torch.testing.assert_close(one.probabilities, other.probabilities)
+        assert (one.probabilities.amax(1) > plain.probabilities.amax(1)).all()
+
+
+def before_rehearsed(m):
+    before = copy.deepcopy(m.before)
+    memorise_(before, evenly(m.retain, REHEARSED), REHEARSAL)
+    return before
 
 
 def test_how_to_ask_an_earlier_model_is_checked() -> None:

@@ -135,7 +135,7 @@ class SeedRun:
                 items = evenly(self.retain, REHEARSED)
                 made = fine_tuned(self.job.model, items, REHEARSAL, "rehearsal", self.tell)
                 before, rehearsing = made.load(), made.seconds or 0.0
-                config = dataclasses.replace(config, earlier="trust")
+                config = dataclasses.replace(config, earlier="rehearsed")
         clock = time.perf_counter()
         with PeakMemory() as memory:
             report = separate_(
