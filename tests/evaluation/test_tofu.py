@@ -71,6 +71,8 @@ def test_the_job_measures_every_model(job: TofuJob, tmp_path: Path) -> None:
     assert set(summary["examples"][0]) == {"question", "truth", *rows}
     assert {bar["bar"] for bar in summary["bars"]} >= {"full model: forget probability"}
     load_split(folder / "split")
+    # What it rehearsed itself, to cache it, is wanted as what `separate_` would have rehearsed.
+    assert summary["separation"]["settings"]["earlier"] == "rehearsed"
 
     write_summary(summary, folder)
     assert json.loads((folder / "summary.json").read_text())["rows"] == rows
