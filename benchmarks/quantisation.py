@@ -37,7 +37,8 @@ from libortho.evaluation.text import WINDOW, read_text
 from libortho.evaluation.tofu import versions
 from libortho.gram import Gram
 from libortho.linear import read_linear, select_linear
-from libortho.methods.geometric import GeometricConfig, retain_metric
+from libortho.methods.edits import retain_metric
+from libortho.methods.geometric import GeometricConfig
 from libortho.scoring import predicted_logits
 
 FEEDBACK, NEAREST = "INT4, 64, error feedback", "INT4, 64, clipped, weighted"

@@ -36,7 +36,8 @@ from libortho.config import BaseConfig
 from libortho.evaluation.tofu import versions
 from libortho.files import write_json
 from libortho.gram import Gram
-from libortho.methods.geometric import GeometricConfig, retain_metric
+from libortho.methods.edits import retain_metric
+from libortho.methods.geometric import GeometricConfig
 from libortho.methods.spectral import SpectralConfig, split_spectral
 
 RESULT = Path(__file__).parent / "results" / "scaling.json"

@@ -49,14 +49,10 @@ from libortho.evaluation.tofu import versions
 from libortho.files import write_json
 from libortho.goal import choose_goal
 from libortho.linear import select_linear
-from libortho.methods.geometric import (
-    Descent,
-    GeometricConfig,
-    Metric,
-    Projection,
-    parameter_budget,
-    retain_metric,
-)
+from libortho.methods.descent import Descent
+from libortho.methods.edits import Metric, parameter_budget, retain_metric
+from libortho.methods.geometric import GeometricConfig
+from libortho.methods.projection import Projection
 from libortho.methods.spectral import SpectralConfig, split_spectral
 from libortho.scoring import sequence_nll
 from libortho.solvers.geometric import edit_streams, solve_geometric

@@ -22,7 +22,7 @@ from libortho.forgetting import (
     targets_from_model_itself,
 )
 from libortho.linear import is_conv1d, select_linear
-from libortho.methods.geometric import LowRankEdit
+from libortho.methods.edits import LowRankEdit
 from libortho.methods.saliency import SparseEdit
 from libortho.scoring import sequence_nll
 

@@ -13,7 +13,7 @@ from libortho.base.grid import Grid, choose_grid
 from libortho.config import BaseConfig
 from libortho.gram import Gram
 from libortho.linalg import low_rank_part
-from libortho.methods.geometric import retain_metric
+from libortho.methods.edits import retain_metric
 
 INT4 = BaseConfig(storage="int4", group_size=6)
 INT8 = BaseConfig(group_size=6)

@@ -12,15 +12,9 @@ from torch import Tensor
 
 from libortho import GeometricConfig, linalg
 from libortho.gram import Gram
-from libortho.methods.geometric import (
-    Descent,
-    LowRankEdit,
-    Metric,
-    Projection,
-    allocate,
-    parameter_budget,
-    retain_metric,
-)
+from libortho.methods.descent import Descent
+from libortho.methods.edits import LowRankEdit, Metric, allocate, parameter_budget, retain_metric
+from libortho.methods.projection import Projection
 
 SHAPES = {"a": (9, 7), "b": (5, 12)}
 

@@ -12,7 +12,7 @@ import torch
 from libortho import BaseConfig, alpha_scope, separate_, separation_report
 from libortho.alpha import ortho_layers
 from libortho.base import quantize
-from libortho.methods.geometric import Metric
+from libortho.methods.edits import Metric
 from libortho.scoring import perplexity, sequence_nll
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from libortho.forgetting import Feedback
-from libortho.methods.geometric import LowRankEdit
+from libortho.methods.edits import LowRankEdit
 from libortho.solvers.problem import Journal
 from libortho.solvers.search import LANDING_STEPS, search
 

@@ -12,7 +12,8 @@ from libortho import GeometricConfig, SeparationConfig, SpectralConfig, separate
 from libortho.calibration import second_moments
 from libortho.gram import Gram
 from libortho.linear import select_linear
-from libortho.methods.geometric import LowRankEdit, Projection, retain_metric
+from libortho.methods.edits import LowRankEdit, retain_metric
+from libortho.methods.projection import Projection
 from libortho.solvers.problem import Journal, Problem
 from libortho.solvers.spectrum import edit_spectrum, principal_directions
 

@@ -35,7 +35,7 @@ from libortho.data.tokens import Tokens, as_tokens
 from libortho.layer import OrthoLinear
 from libortho.linear import install, read_linear, select_linear
 from libortho.measures import measure_streams, untouched_layers
-from libortho.methods.geometric import LowRankEdit
+from libortho.methods.edits import LowRankEdit
 from libortho.report import LayerReport, SeparationReport, measure_layer
 from libortho.solvers.geometric import edit_streams
 from libortho.training import Progress

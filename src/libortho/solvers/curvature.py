@@ -13,7 +13,7 @@ from libortho.data.tokens import spread
 from libortho.gradients import KroneckerFactors, kronecker_factors
 from libortho.linalg import leading_factors
 from libortho.methods.curvature import CurvatureConfig, memorised_part, sink_directions
-from libortho.methods.geometric import allocate, parameter_budget
+from libortho.methods.edits import allocate, parameter_budget
 from libortho.ortho import LowRankOrtho
 from libortho.report import Split
 from libortho.solvers.problem import Problem

@@ -25,15 +25,10 @@ from libortho.goal import Goal
 from libortho.gradients import FactorGradient, output_sensitivity, with_edits
 from libortho.gram import Gram
 from libortho.linalg import WIDE
-from libortho.methods.geometric import (
-    Descent,
-    GeometricConfig,
-    LowRankEdit,
-    Metric,
-    Projection,
-    parameter_budget,
-    retain_metric,
-)
+from libortho.methods.descent import Descent
+from libortho.methods.edits import LowRankEdit, Metric, parameter_budget, retain_metric
+from libortho.methods.geometric import GeometricConfig
+from libortho.methods.projection import Projection
 from libortho.ortho import LowRankOrtho
 from libortho.report import Split
 from libortho.scoring import answer_probability, sequence_nll

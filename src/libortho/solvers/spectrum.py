@@ -9,7 +9,7 @@ from torch import Tensor
 
 from libortho.calibration import mean_squares
 from libortho.data.tokens import spread
-from libortho.methods.geometric import LowRankEdit, Metric
+from libortho.methods.edits import LowRankEdit, Metric
 from libortho.report import LayerSpectrum
 from libortho.solvers.problem import Problem
 
