@@ -41,19 +41,28 @@ class Killer:
         self._draw = random.Random(seed)
         self.kills = self.ends = 0
 
+    def _start(self, work: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
+        def child() -> None:
+            # PyTorch makes the thread pool that a fork lacks at its first use, and not safely where
+            # several threads come first, as those that load a model do: "Invalid thread pool!".
+            torch.set_num_threads(torch.get_num_threads())
+            work()
+
+        process = self._fork.Process(target=child)
+        process.start()
+        return process
+
     def seconds(self, work: Callable[[], Any]) -> float:
         """How long `work` takes, to its end."""
         start = time.perf_counter()
-        process = self._fork.Process(target=work)
-        process.start()
+        process = self._start(work)
         process.join()
         assert process.exitcode == 0
         return time.perf_counter() - start
 
     def kill(self, work: Callable[[], Any], within: float) -> bool:
         """True where `work` was killed, at a random instant of the first `within` seconds."""
-        process = self._fork.Process(target=work)
-        process.start()
+        process = self._start(work)
         process.join(self._draw.uniform(0, within))
         assert process.pid is not None
         if process.exitcode is None:
