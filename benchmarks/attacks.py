@@ -1,18 +1,21 @@
 """Can what the demo forgets be got back? Every attack on its split, beside the retrained model.
 
     python benchmarks/attacks.py [--size small|full] [--attacks extraction,...] [--out DIR]
-        [--data TOFU_FOLDER] [--json FILE]
+        [--baselines npo,...] [--data TOFU_FOLDER] [--json FILE]
 
 The split is the demo's own (`libortho tofu`: the embedded model, ten embedded authors, two to
-forget), or with --data TOFU's first two forget authors and ten retain authors. Fine-tunes are
-cached; the split and each attack on each model are kept in --out, and a run that was killed goes on
-where it was. The bars are those of `libortho.attacks.suite`.
+forget), or with --data TOFU's first two forget authors and ten retain authors. Baselines are tuned
+to the level that the split aimed at, as `libortho tofu` tunes them. Fine-tunes are cached; the
+split, the baselines and each attack on each model are kept in --out, and a run that was killed goes
+on where it was. The bars are those of `libortho.attacks.suite`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -22,36 +25,74 @@ from libortho.attacks.common import AttackData
 from libortho.attacks.registry import ATTACKS, attack_configs
 from libortho.attacks.show import draw_attacks, print_attacks
 from libortho.attacks.suite import BASE, ORIGINAL, REFERENCE, Source, run_attacks
-from libortho.checkpoint import read_manifest
+from libortho.baselines.registry import baseline
+from libortho.baselines.tune import TuneConfig, tune
+from libortho.checkpoint import read_manifest, save_split
 from libortho.cli.console import progress_bars, write_json
 from libortho.data.embedded import embedded_model_path
 from libortho.data.tasks import embedded_task, tofu_task
 from libortho.data.tokens import encode
 from libortho.evaluation.finetuned import fine_tuned, load_model
+from libortho.evaluation.job import seeded
 from libortho.evaluation.tofu import TofuJob, run_tofu
-from libortho.files import cache_dir
+from libortho.files import cache_dir, scratch, unfinished
 from libortho.training import Progress
 
+BASELINE_EPOCHS = 5
+"""Of each learning rate, as in docs/results.md."""
 
-def made_split(job: TofuJob, folder: Path, progress: Progress) -> tuple[Path, Path]:
-    """The job's split and its retrain reference, made now or found where they were made."""
-    run_tofu(job, folder, progress)
-    tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
-    retain, forget = (
-        [encode(e, tokenizer, job.template) for e in part]
-        for part in (job.task.retain, job.task.forget)
-    )
-    recipe = dataclasses.replace(job.recipe, seed=job.seeds[0])
-    full = fine_tuned(job.model, [*retain, *forget], recipe, "full", progress)
-    alike = dataclasses.replace(recipe, target=1.0, max_epochs=full.epochs)
-    reference = fine_tuned(job.model, retain, alike, "reference", progress)
-    return folder / "split", reference.folder
+
+class Models:
+    """The job's models, made now or found where they were made.
+
+    Attributes:
+        split, reference: their folders; the retrain reference never saw the forget set.
+    """
+
+    def __init__(self, job: TofuJob, folder: Path, progress: Progress) -> None:
+        self._folder, self._seed, self._tell = folder, job.seeds[0], progress
+        run_tofu(job, folder / "job", progress)
+        self.split = folder / "job" / "split"
+        self._tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
+        self._retain, self._forget = (
+            [encode(e, self._tokenizer, job.template) for e in part]
+            for part in (job.task.retain, job.task.forget)
+        )
+        recipe = dataclasses.replace(job.recipe, seed=self._seed)
+        everything = [*self._retain, *self._forget]
+        self._full = fine_tuned(job.model, everything, recipe, "full", progress)
+        alike = dataclasses.replace(recipe, target=1.0, max_epochs=self._full.epochs)
+        self.reference = fine_tuned(job.model, self._retain, alike, "reference", progress).folder
+
+    def baseline(self, name: str) -> Path:
+        """The folder of the full model after a baseline, tuned to the level of the split."""
+        made = self._folder / f"baseline-{name}"
+        if not made.is_dir():
+            report = json.loads((self.split / "report.json").read_text("utf-8"))
+            outcome = tune(
+                self._full.load,
+                self._forget,
+                self._retain,
+                seeded(baseline(name), self._seed),
+                float(report["target"]["probability"]),
+                TuneConfig(max_epochs=BASELINE_EPOCHS),
+                lambda stage, done, total: self._tell(f"{name}: {stage}", done, total),
+            )
+            if outcome.report is not None:
+                save_split(outcome.model, made, tokenizer=self._tokenizer, report=outcome.report)
+                return made
+            with scratch(self._folder, unfinished(made), folder=True) as partial:
+                outcome.model.save_pretrained(partial)
+                self._tokenizer.save_pretrained(partial)
+                os.replace(partial, made)
+        return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="small", help="small or full")
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="which, with commas")
+    parser.add_argument("--baselines", default="npo", help="attacked as well, with commas")
     parser.add_argument("--data", help="a folder in TOFU's layout; default: the embedded authors")
     parser.add_argument("--out", type=Path, help="default: a folder in the cache")
     parser.add_argument("--json", type=Path, help="write the results here, too")
@@ -65,12 +106,15 @@ def main() -> None:
     out = arguments.out or cache_dir() / "attacked" / f"{task.name}-seed-{seed}"
     configs = attack_configs(arguments.attacks.split(","), arguments.size, seed)
     with progress_bars() as progress:
-        split, reference = made_split(job, out / "job", progress)
+        models = Models(job, out, progress)
+        split = models.split
         sources = {
             BASE: Source(str(split)),
-            REFERENCE: Source(str(reference)),
+            REFERENCE: Source(str(models.reference)),
             ORIGINAL: Source(str(split), alpha=1.0),
         }
+        for name in filter(None, arguments.baselines.split(",")):
+            sources[name] = Source(str(models.baseline(name)))
         data = AttackData(
             tokenizer=AutoTokenizer.from_pretrained(split, trust_remote_code=False),
             forget=task.forget,

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 BARS = Path(__file__).parent / "results" / "bars.json"
+FINER = 10
+"""How many times as many rounds `Rounds` may make."""
 
 
 @dataclass(frozen=True)
@@ -46,37 +48,45 @@ def at_most(what: str, value: float, required: float) -> Bar:
 class Rounds:
     """Seconds of each variant, round by round.
 
+    The shorter a round, the more alike is what the machine does in it. So a variant whose calls are
+    short is timed in up to ten times as many rounds, each a tenth as long.
+
     Args:
         variants: name -> function of a running number; it does the work once.
-        rounds: how many.
-        seconds: about how long one variant is timed in one round; 0 for one call.
+        rounds: how many at least.
+        seconds: about how long a variant is timed in so many rounds, divided by them; 0 for one
+            call a round.
     """
 
     def __init__(
         self, variants: Mapping[str, Callable[[int], object]], rounds: int, seconds: float
     ) -> None:
-        calls = {}
-        for name, function in variants.items():
-            function(0)
-            calls[name] = 1
-            if seconds > 0:
-                start = time.perf_counter()
-                function(1)
-                calls[name] = max(1, round(seconds / (time.perf_counter() - start)))
+        counts = dict.fromkeys(variants, 0)
+
+        def call(name: str, times: int) -> float:
+            function, first = variants[name], counts[name]
+            start = time.perf_counter()
+            for number in range(first, first + times):
+                function(number)
+            counts[name] += times
+            return (time.perf_counter() - start) / times
+
+        for name in variants:
+            call(name, 1)
+        calls = dict.fromkeys(variants, 1)
+        if seconds > 0:
+            once = {name: call(name, 1) for name in variants}
+            slowest = max(*once.values(), seconds / FINER)
+            rounds = min(FINER * rounds, max(rounds, round(rounds * seconds / slowest)))
+            calls = {name: max(1, round(seconds / FINER / t)) for name, t in once.items()}
         self.times: dict[str, list[float]] = {name: [] for name in variants}
-        counts = dict.fromkeys(variants, 2)
         names = list(variants)
         for turn in range(rounds):
             # Each round begins with another variant: whoever follows a heavy one is not always
             # the same.
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
-                function, first = variants[name], counts[name]
-                start = time.perf_counter()
-                for number in range(first, first + calls[name]):
-                    function(number)
-                self.times[name].append((time.perf_counter() - start) / calls[name])
-                counts[name] += calls[name]
+                self.times[name].append(call(name, calls[name]))
 
     def median(self, name: str) -> float:
         """Seconds a call."""

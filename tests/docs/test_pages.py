@@ -247,7 +247,7 @@ def test_the_tutorial_does_what_it_says(
     forget, keep, unseen = (probability(f"{n}.jsonl") for n in ("forget", "keep", "unseen"))
     assert forget["1.0"] > 0.8
     # A model of two narrow layers keeps all customers in the same place: others go along with the
-    # four, and how far the kept ones stay says nothing of a model of real size.
+    # three, and how far the kept ones stay says nothing of a model of real size.
     assert forget["0.0"] < 0.5 * forget["1.0"], (forget, keep, unseen)
     assert forget["0.0"] < keep["0.0"], (forget, keep, unseen)
 
