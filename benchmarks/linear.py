@@ -69,10 +69,7 @@ def sparse(shape: tuple[int, int]) -> SparseOrtho:
     return SparseOrtho(crow, (places % shape[1]).int(), torch.randn(count).half() / 100, shape)
 
 
-def layers(
-    bases: list[BaseStream], make: Callable[[tuple[int, int]], OrthoStream] | None, alpha: object
-) -> list[OrthoLinear]:
-    ortho = None if make is None else make(bases[0].shape)
+def layers(bases: list[BaseStream], ortho: OrthoStream | None, alpha: object) -> list[OrthoLinear]:
     made = []
     for base in bases:
         layer = OrthoLinear.from_streams(base, copy.deepcopy(ortho))
@@ -103,9 +100,10 @@ class Shape:
         self.fp32, self.bf16 = linear(torch.float32), linear(torch.bfloat16)
         self.int8 = [int8_base(shape) for _ in range(copies(numel))]
         self.int4 = [int4_base(shape) for _ in range(copies(numel // 2))]
+        self.low_rank, self.sparse = low_rank(shape), sparse(shape)
 
     def bytes_over_bf16(self, base: BaseStream) -> float:
-        return (base.nbytes + sparse(self.shape).nbytes) / (2 * self.shape[0] * self.shape[1])
+        return (base.nbytes + self.sparse.nbytes) / (2 * self.shape[0] * self.shape[1])
 
     def measure(self, rows: int, rounds: int, seconds: float) -> Rounds:
         x = torch.randn(rows, self.shape[1])
@@ -117,12 +115,14 @@ class Shape:
             "fp32": in_turn(self.fp32, x),
             "bf16": in_turn(self.bf16, half),
             "INT8": in_turn(bare, half),
-            "INT8, rank 4, alpha 0": in_turn(layers(self.int8, low_rank, 0), half),
-            "INT8, rank 4, alpha 1": in_turn(layers(self.int8, low_rank, 1), half),
-            "INT8, rank 4, alpha per row": in_turn(layers(self.int8, low_rank, per_row), half),
-            "INT8, CSR 0.5 %, alpha 0": in_turn(layers(self.int8, sparse, 0), half),
-            "INT8, CSR 0.5 %, alpha 1": in_turn(layers(self.int8, sparse, 1), half),
-            "INT8, CSR 0.5 %, alpha per row": in_turn(layers(self.int8, sparse, per_row), half),
+            "INT8, rank 4, alpha 0": in_turn(layers(self.int8, self.low_rank, 0), half),
+            "INT8, rank 4, alpha 1": in_turn(layers(self.int8, self.low_rank, 1), half),
+            "INT8, rank 4, alpha per row": in_turn(layers(self.int8, self.low_rank, per_row), half),
+            "INT8, CSR 0.5 %, alpha 0": in_turn(layers(self.int8, self.sparse, 0), half),
+            "INT8, CSR 0.5 %, alpha 1": in_turn(layers(self.int8, self.sparse, 1), half),
+            "INT8, CSR 0.5 %, alpha per row": in_turn(
+                layers(self.int8, self.sparse, per_row), half
+            ),
             "INT4": in_turn(layers(self.int4, None, 0), half),
         }
         if rows > 1:

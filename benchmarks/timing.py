@@ -7,6 +7,7 @@ of the rounds' own ratios, so that a machine that slows down slows both sides of
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 BARS = Path(__file__).parent / "results" / "bars.json"
-FINER = 10
+FINER = 4
 """How many times as many rounds `Rounds` may make."""
 
 
@@ -48,8 +49,9 @@ def at_most(what: str, value: float, required: float) -> Bar:
 class Rounds:
     """Seconds of each variant, round by round.
 
-    The shorter a round, the more alike is what the machine does in it. So a variant whose calls are
-    short is timed in up to ten times as many rounds, each a tenth as long.
+    The shorter a round, the more alike is what the machine does in it. So where all calls are short
+    there are up to four times as many rounds, each a quarter as long. Each has an order of its own:
+    what ran before leaves its marks on what runs next.
 
     Args:
         variants: name -> function of a running number; it does the work once.
@@ -80,12 +82,10 @@ class Rounds:
             rounds = min(FINER * rounds, max(rounds, round(rounds * seconds / slowest)))
             calls = {name: max(1, round(seconds / FINER / t)) for name, t in once.items()}
         self.times: dict[str, list[float]] = {name: [] for name in variants}
-        names = list(variants)
-        for turn in range(rounds):
-            # Each round begins with another variant: whoever follows a heavy one is not always
-            # the same.
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
+        names, draw = list(variants), random.Random(0)
+        for _ in range(rounds):
+            draw.shuffle(names)
+            for name in names:
                 self.times[name].append(call(name, calls[name]))
 
     def median(self, name: str) -> float:
