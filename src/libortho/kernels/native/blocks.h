@@ -20,9 +20,11 @@ struct FloatBlocks {
   }
 };
 
+constexpr int64_t kTileBytes = 64;  // of a tile's row
+
 // x packed in the order that tile products read: block b of sixteen rows is (words, 16 rows), a word
 // being four neighbouring bytes of a row: two columns of bf16, or four of INT8. Zeros follow the
-// last column up to a multiple of 64 bytes.
+// last column up to a multiple of kTileBytes.
 struct TileBlocks {
   const uint8_t* data;
   int64_t padded;  // bytes of a row
