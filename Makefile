@@ -92,8 +92,9 @@ $(BENCH): $(DEV) requirements-bench.txt
 
 # Both benchmarks run even where a bar of the first falls short; one that does ends in an error.
 bench: $(BENCH)  ## speed of a layer and of a model, beside peers: the table and benchmarks/results/bars.json
-	@status=0; $(BIN)/python benchmarks/linear.py || status=1; \
-	$(BIN)/python benchmarks/generation.py || status=1; exit $$status
+	@status=0; $(BIN)/python benchmarks/linear.py --json benchmarks/results/linear.json || status=1; \
+	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json || status=1; \
+	exit $$status
 
 bench-quick: $(BENCH) ## the same with fewer rounds, within five minutes
 	@status=0; $(BIN)/python benchmarks/linear.py --quick || status=1; \

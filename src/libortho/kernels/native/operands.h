@@ -1,8 +1,12 @@
 // The stored weight, the ortho stream and alpha, as the kernels see them.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <bit>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <vector>
 
@@ -10,24 +14,70 @@
 
 namespace libortho {
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
+// Memory that a thread has used and will use again. Given back to the system after each call, and
+// cleared by it for the next, it costs more than a small product.
+class Scratch {
+ public:
+  static Scratch& mine() {
+    thread_local Scratch scratch;
+    return scratch;
+  }
+
+  // At least `bytes` from the start of a cache line on, as loads of whole tiles and vectors want it;
+  // `bytes` becomes how many.
+  void* take(size_t& bytes) {
+    bytes = std::bit_ceil(std::max<size_t>(bytes, 64));
+    std::vector<void*>& kept = kept_[std::countr_zero(bytes)];
+    if (!kept.empty()) {
+      void* memory = kept.back();
+      kept.pop_back();
+      held_ -= bytes;
+      return memory;
+    }
+    void* memory = std::aligned_alloc(64, bytes);
+    if (!memory) throw std::bad_alloc();
+    return memory;
+  }
+
+  void give(void* memory, size_t bytes) {
+    if (held_ + bytes > kMost) {
+      std::free(memory);
+      return;
+    }
+    kept_[std::countr_zero(bytes)].push_back(memory);
+    held_ += bytes;
+  }
+
+  ~Scratch() {
+    for (const std::vector<void*>& kept : kept_) {
+      for (void* memory : kept) std::free(memory);
+    }
+  }
+
+ private:
+  static constexpr size_t kMost = 16 << 20;  // bytes that wait for the next call
+  std::array<std::vector<void*>, 64> kept_;  // by the logarithm of their size
+  size_t held_ = 0;
 };
 
-// Memory that starts on a cache line, as loads of whole tiles and vectors want it.
+// An array in scratch memory; it must end in the thread in which it began.
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64)));
-    if (!memory_) throw std::bad_alloc();
+    size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    T* memory = static_cast<T*>(Scratch::mine().take(bytes));
+    memory_ = std::unique_ptr<T, Give>(memory, Give{bytes});
   }
   T* get() const { return memory_.get(); }
   T& operator[](int64_t index) const { return memory_.get()[index]; }
 
  private:
-  std::unique_ptr<T, Free> memory_;
+  struct Give {
+    size_t bytes = 0;
+    void operator()(T* memory) const { Scratch::mine().give(memory, bytes); }
+  };
+  std::unique_ptr<T, Give> memory_;
 };
 
 // `count` numbers as fp32.
