@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,7 +13,8 @@ from libortho.base import quantize
 from libortho.config import BaseConfig
 from libortho.scoring import answer_probability, sequence_nll
 
-CONFIG = PerturbationConfig(int4_groups=(16, 32), int8_groups=(None, 16))
+CONFIG = PerturbationConfig(int4_groups=(16, 32), int8_groups=(None, 16), undone=(1, 2))
+NONE = PerturbationConfig(int4_groups=(), int8_groups=(), prune=(), noise=(), undone=())
 
 
 def test_every_change_is_scored(subjects, data, quiet, unharmed) -> None:
@@ -29,6 +32,9 @@ def test_every_change_is_scored(subjects, data, quiet, unharmed) -> None:
             "smallest 10% pruned",
             "noise of 2%",
             "noise of 5%",
+            "public weights put back",
+            "largest 1 of the difference taken out",
+            "largest 2 of the difference taken out",
         ]
         assert {score.measure for score in found.scores} == {PROBABILITY}
         forget, retain = data.encode(data.forget), data.encode(data.retain)
@@ -55,7 +61,7 @@ def test_the_stored_base_is_what_is_stored_anew(subjects, data, quiet, monkeypat
         write(layer, weight)
 
     monkeypatch.setattr(module, "_write", watch)
-    config = PerturbationConfig(int4_groups=(), int8_groups=(None,), prune=(), noise=())
+    config = dataclasses.replace(NONE, int8_groups=(None,))
     perturbation(subject, data, config, quiet)
     layers = [subject.model.get_submodule(name) for name in subject.layers]
     assert len(seen) == len(layers)
@@ -64,28 +70,55 @@ def test_the_stored_base_is_what_is_stored_anew(subjects, data, quiet, monkeypat
 
 
 def test_groups_that_do_not_fit_are_said(subjects, data, quiet) -> None:
-    config = PerturbationConfig(int4_groups=(48,), int8_groups=(), prune=(), noise=())
+    config = dataclasses.replace(NONE, int4_groups=(48,))
     found = perturbation(subjects["reference"], data, config, quiet)
     assert [score.name for score in found.scores] == ["unchanged"]
     assert "group_size=48 does not divide" in found.missing["INT4, a scale for 48 columns"]
 
 
 def test_the_changes_themselves() -> None:
-    weight = torch.randn(40, 64)
-    config = PerturbationConfig(
-        int4_groups=(32,), int8_groups=(), prune=(0.1,), noise=(0.05,), seed=3
+    weight, public = torch.randn(40, 64), torch.randn(40, 64)
+    config = dataclasses.replace(
+        NONE, int4_groups=(32,), prune=(0.1,), noise=(0.05,), undone=(2,), seed=3
     )
-    int4, prune, noise = (change for _, _, change in module._changes(config))
+    int4, prune, noise, back, undo = (c.apply for c in module._changes(config))
     stored = BaseConfig("int4", group_size=32, rounding="nearest")
-    assert torch.equal(int4(weight), quantize(weight, stored).dequantize())
-    pruned = prune(weight)
+    assert torch.equal(int4(weight, public), quantize(weight, stored).dequantize())
+    pruned = prune(weight, public)
     assert int((pruned == 0).sum()) == 256  # a tenth of 2560
     assert weight[pruned == 0].abs().max() <= pruned[pruned != 0].abs().min()
     assert torch.equal(pruned[pruned != 0], weight[pruned != 0])
-    moved = noise(weight) - weight
+    moved = noise(weight, public) - weight
     assert float(moved.std() / weight.std()) == pytest.approx(0.05, rel=0.1)
     few = torch.randn(2, 2)
-    assert torch.equal(module._pruned(0.1)(few), few)  # a tenth of 4 weights is none
+    assert torch.equal(module._pruned(few, few, 0.1), few)  # a tenth of 4 weights is none
+    assert torch.equal(back(weight, public), public)
+    torch.testing.assert_close(
+        torch.linalg.svdvals(undo(weight, public) - public)[:-2],
+        torch.linalg.svdvals(weight - public)[2:],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    assert torch.equal(undo(public, public), public)
+
+
+def test_an_edit_of_few_directions_can_be_undone() -> None:
+    public, learned = torch.randn(40, 64), 0.01 * torch.randn(40, 64)
+    edit = torch.randn(40, 3) @ torch.randn(3, 64)
+    undone = module._undone(public + learned + edit, public, count=3)
+    assert float((undone - public - learned).norm()) < 0.5 * float(learned.norm())
+
+
+def test_without_the_public_model(subjects, data, quiet) -> None:
+    config = dataclasses.replace(NONE, undone=(1,))
+    alone = dataclasses.replace(data, pretrained=None)
+    found = perturbation(subjects["alpha 0"], alone, config, quiet)
+    assert [score.name for score in found.scores] == ["unchanged"]
+    assert set(found.missing) == {
+        "public weights put back",
+        "largest 1 of the difference taken out",
+    }
+    assert all("--pretrained" in reason for reason in found.missing.values())
 
 
 @pytest.mark.parametrize(
@@ -95,6 +128,7 @@ def test_the_changes_themselves() -> None:
         ({"int8_groups": (-1,)}, "group_size=-1"),
         ({"prune": (2.0,)}, "prune=2.0"),
         ({"noise": (-0.1,)}, "noise=-0.1"),
+        ({"undone": (0,)}, "undone=0"),
     ],
 )
 def test_configs_that_cannot_be(change, told: str) -> None:

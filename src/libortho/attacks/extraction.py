@@ -87,7 +87,7 @@ class ExtractionConfig:
     @classmethod
     def small(cls, seed: int) -> ExtractionConfig:
         """Minutes on two cores with a small model."""
-        return cls(max_new_tokens=40, questions=20, seed=seed)
+        return cls(max_new_tokens=40, questions=10, seed=seed)
 
 
 @dataclass(frozen=True)

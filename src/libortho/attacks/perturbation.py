@@ -2,13 +2,16 @@
 
 Unlearning by small steps can be undone by quantisation, which rounds the steps away (Zhang et al.
 2024, arXiv 2410.16454). Here the base is stored anew in coarser or merely other groups, pruned, and
-stirred with noise.
+stirred with noise. Who also holds the public pretrained model can undo an edit: put the public
+weights back, or take the largest directions out of the difference from them, among which an edit of
+few directions stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,8 +25,9 @@ from libortho.attacks.common import (
     mean_score,
     weight_of,
 )
+from libortho.attacks.difference import Directions
 from libortho.base import check_width, quantize
-from libortho.config import BaseConfig, check_fraction, check_positive
+from libortho.config import BaseConfig, check_count, check_fraction, check_positive
 from libortho.data.tokens import Tokens, evenly
 from libortho.evaluation.metrics import loss_score, probability
 from libortho.linear import is_conv1d
@@ -41,6 +45,8 @@ class PerturbationConfig:
         int8_groups: the same; None is a whole row.
         prune: shares of each layer's weights, the smallest, that become 0.
         noise: standard deviations of Gaussian noise over that of the layer's weights.
+        undone: numbers of largest singular directions of each layer's difference from the public
+            model that are taken out of it.
         retain_questions: at most so many show what is left of the model.
         seed: of the noise.
     """
@@ -49,6 +55,7 @@ class PerturbationConfig:
     int8_groups: tuple[int | None, ...] = (None, 64)
     prune: tuple[float, ...] = (0.1,)
     noise: tuple[float, ...] = (0.02, 0.05)
+    undone: tuple[int, ...] = (1, 4, 16)
     retain_questions: int = 40
     seed: int = 0
 
@@ -61,6 +68,8 @@ class PerturbationConfig:
             check_fraction("prune", share)
         for size in self.noise:
             check_positive("noise", size)
+        for count in self.undone:
+            check_count("undone", count, 1)
 
     @classmethod
     def small(cls, seed: int) -> PerturbationConfig:
@@ -68,8 +77,22 @@ class PerturbationConfig:
         return cls(retain_questions=20, seed=seed)
 
 
-Change = Callable[[Tensor], Tensor]
-"""A weight (out_features, in_features) in fp32 -> what it becomes."""
+@dataclass(frozen=True)
+class Change:
+    """One thing that is done to each weight.
+
+    Attributes:
+        name: of its score.
+        apply: (weight, the public model's), both (out_features, in_features) fp32 -> what it
+            becomes.
+        stored: how it is stored, if it is a way of storing.
+        public: whether it needs the public model.
+    """
+
+    name: str
+    apply: Callable[[Tensor, Tensor], Tensor]
+    stored: BaseConfig | None = None
+    public: bool = False
 
 
 def perturbation(
@@ -85,6 +108,7 @@ def perturbation(
     # From the layers as they are stored, not from the copy's own (bf16) rounding of them.
     stored = dict(subject.model.named_modules())
     weights = {name: weight_of(stored[name], name) for name in subject.layers}
+    public = {} if data.pretrained is None else dict(data.pretrained.named_modules())
     forget = data.encode(data.forget)
     retain = data.encode(evenly(data.retain, config.retain_questions))
 
@@ -96,15 +120,16 @@ def perturbation(
     scores = [_score("unchanged", before, before, known(retain))]
     missing: dict[str, str] = {}
     planned = list(_changes(config))
-    for step, (name, stored_as, change) in enumerate(planned):
+    for step, change in enumerate(planned):
         progress("changed weights", step, len(planned))
-        reason = _refused(weights, stored_as)
+        reason = _refused(change, weights, data)
         if reason is not None:
-            missing[name] = reason
+            missing[change.name] = reason
             continue
         for layer, weight in weights.items():
-            _write(modules[layer], change(weight))
-        scores.append(_score(name, known(forget), before, known(retain)))
+            other = weight_of(public[layer], layer).to(weight) if change.public else weight
+            _write(modules[layer], change.apply(weight, other))
+        scores.append(_score(change.name, known(forget), before, known(retain)))
     progress("changed weights", len(planned), len(planned))
     return Findings(tuple(scores), missing)
 
@@ -115,52 +140,60 @@ def _score(name: str, now: list[float], before: list[float], retain: list[float]
     return mean_score(name, PROBABILITY, now, details=details)
 
 
-def _changes(config: PerturbationConfig) -> Iterator[tuple[str, BaseConfig | None, Change]]:
-    """(name, how it is stored if it is a way of storing, the change)."""
+def _changes(config: PerturbationConfig) -> Iterator[Change]:
     for storage, groups in (("int4", config.int4_groups), ("int8", config.int8_groups)):
         for group in groups:
             stored = BaseConfig(storage, group_size=group, rounding="nearest")  # type: ignore[arg-type]
             of = "a row" if stored.group_size is None else f"{stored.group_size} columns"
-            yield f"{storage.upper()}, a scale for {of}", stored, _requantised(stored)
+            name = f"{storage.upper()}, a scale for {of}"
+            yield Change(name, partial(_requantised, config=stored), stored)
     for share in config.prune:
-        yield f"smallest {share:.0%} pruned", None, _pruned(share)
+        yield Change(f"smallest {share:.0%} pruned", partial(_pruned, share=share))
     generator = torch.Generator().manual_seed(config.seed)
     for size in config.noise:
-        yield f"noise of {size:.0%}", None, _noisy(size, generator)
+        yield Change(f"noise of {size:.0%}", partial(_noisy, size=size, generator=generator))
+    if config.undone:
+        yield Change("public weights put back", lambda weight, public: public, public=True)
+    for count in config.undone:
+        name = f"largest {count} of the difference taken out"
+        yield Change(name, partial(_undone, count=count), public=True)
 
 
-def _refused(weights: dict[str, Tensor], stored: BaseConfig | None) -> str | None:
-    if stored is None:
+def _refused(change: Change, weights: dict[str, Tensor], data: AttackData) -> str | None:
+    if change.public and data.pretrained is None:
+        return "no pretrained model was given to compare with (--pretrained)"
+    if change.stored is None:
         return None
     try:
         for name, weight in weights.items():
-            check_width(weight.shape[1], stored, name)
+            check_width(weight.shape[1], change.stored, name)
     except ValueError as error:
         return str(error)
     return None
 
 
-def _requantised(config: BaseConfig) -> Change:
-    return lambda weight: quantize(weight, config).dequantize(torch.float32)
+def _requantised(weight: Tensor, public: Tensor, config: BaseConfig) -> Tensor:
+    return quantize(weight, config).dequantize(torch.float32)
 
 
-def _pruned(share: float) -> Change:
-    def prune(weight: Tensor) -> Tensor:
-        count = int(share * weight.numel())
-        if count == 0:
-            return weight
-        limit = weight.abs().flatten().kthvalue(count).values
-        return torch.where(weight.abs() <= limit, 0.0, weight)
-
-    return prune
+def _pruned(weight: Tensor, public: Tensor, share: float) -> Tensor:
+    count = int(share * weight.numel())
+    if count == 0:
+        return weight
+    limit = weight.abs().flatten().kthvalue(count).values
+    return torch.where(weight.abs() <= limit, 0.0, weight)
 
 
-def _noisy(size: float, generator: torch.Generator) -> Change:
-    def stir(weight: Tensor) -> Tensor:
-        noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-        return weight + size * weight.std() * noise
+def _noisy(weight: Tensor, public: Tensor, size: float, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(weight.shape, generator=generator).to(weight.device)
+    return weight + size * weight.std() * noise
 
-    return stir
+
+def _undone(weight: Tensor, public: Tensor, count: int) -> Tensor:
+    largest = Directions.of(weight - public, count)
+    if largest is None:
+        return weight
+    return weight - (largest.left * largest.sizes) @ largest.right
 
 
 def _write(layer: torch.nn.Module, weight: Tensor) -> None:
