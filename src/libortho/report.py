@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,6 +248,16 @@ class SeparationReport:
             lines.append("target  " + ", ".join(f"{k}: {v}" for k, v in self.target.items()))
             lines.append(_VERDICTS[self.reached])
         lines += [f"{x.name}: {x.note}" for x in self.layers if x.note]
-        lines += [f"left as it was: {name} ({why})" for name, why in self.skipped.items()]
+        lines += [f"left as it was: {text}" for text in _alike(self.skipped)]
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
+
+
+def _alike(skipped: Mapping[str, str]) -> list[str]:
+    """A line for all modules of the same name but for its numbers, and the same reason."""
+    counts = Counter((re.sub(r"\d+", "*", name), why) for name, why in skipped.items())
+    only = {(re.sub(r"\d+", "*", name), why): name for name, why in skipped.items()}
+    return [
+        f"{pattern} ({why}; {count} of them)" if count > 1 else f"{only[pattern, why]} ({why})"
+        for (pattern, why), count in counts.items()
+    ]
