@@ -9,7 +9,7 @@
     README.md, report.json the model card, and the separation's report
     generation_config.json, tokenizer files      as transformers writes them
 
-Leave the ortho files out and the memory is not there: `strip` makes such a copy, and searches it.
+Leave the ortho files out and the base runs alone: `strip` makes such a copy, and searches it.
 Nothing is ever pickled, and no tensor is used before the folder has been checked. Byte for byte in
 docs/checkpoint-format.md.
 """

@@ -15,6 +15,11 @@ from libortho.report import SeparationReport
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+_LIMITS = (
+    "What alpha 0 does not say was measured, not proved. Whoever has these weights and the public "
+    "model from which this one was fine-tuned can undo the edit: LibOrtho's threat model says how."
+)
+
 _LOAD = """\
 ```python
 import libortho
@@ -71,6 +76,7 @@ def card_text(
         *_table(report),
     ]
     lines += [f"\n{verdict}" for verdict in _verdicts(report)]
+    lines += ["", "## Limits", "", _LIMITS]
     return "\n".join(lines) + "\n"
 
 
