@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from rich.console import Console
@@ -35,7 +34,7 @@ from libortho.data.tokens import encode
 from libortho.evaluation.finetuned import fine_tuned, load_model
 from libortho.evaluation.job import seeded
 from libortho.evaluation.tofu import TofuJob, run_tofu
-from libortho.files import cache_dir, scratch, unfinished
+from libortho.files import cache_dir, replacing
 from libortho.training import Progress
 
 BASELINE_EPOCHS = 5
@@ -81,10 +80,9 @@ class Models:
             if outcome.report is not None:
                 save_split(outcome.model, made, tokenizer=self._tokenizer, report=outcome.report)
                 return made
-            with scratch(self._folder, unfinished(made), folder=True) as partial:
+            with replacing(made, folder=True) as partial:
                 outcome.model.save_pretrained(partial)
                 self._tokenizer.save_pretrained(partial)
-                os.replace(partial, made)
         return made
 
 

@@ -128,3 +128,20 @@ def test_writing_a_file_removes_what_was_left_of_it(tmp_path: Path) -> None:
     left_by_another(tmp_path, unfinished(path), False)
     write_json(path, [])
     assert names(tmp_path) == {"x.json"}
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+
+    def fail() -> None:
+        with replacing(made, folder=True) as partial:
+            (partial / "half").touch()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with replacing(made, folder=True) as partial:
+        (partial / "whole").touch()
+        assert not made.exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "whole"]

@@ -121,10 +121,13 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, which becomes `path` if the block ends well; makes the folder."""
+def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Yields a path to write to, which becomes `path` if the block ends well; makes the folder.
+
+    With `folder` that is an empty folder; `path` must not be there, or be an empty folder, too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch(path.parent, unfinished(path)) as partial:
+    with scratch(path.parent, unfinished(path), folder=folder) as partial:
         yield partial
         os.replace(partial, path)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,9 +254,10 @@ class SeparationReport:
 
 def _alike(skipped: Mapping[str, str]) -> list[str]:
     """A line for all modules of the same name but for its numbers, and the same reason."""
-    counts = Counter((re.sub(r"\d+", "*", name), why) for name, why in skipped.items())
-    only = {(re.sub(r"\d+", "*", name), why): name for name, why in skipped.items()}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, why in skipped.items():
+        groups.setdefault((re.sub(r"\d+", "*", name), why), []).append(name)
     return [
-        f"{pattern} ({why}; {count} of them)" if count > 1 else f"{only[pattern, why]} ({why})"
-        for (pattern, why), count in counts.items()
+        f"{names[0]} ({why})" if len(names) == 1 else f"{pattern} ({why}; {len(names)} of them)"
+        for (pattern, why), names in groups.items()
     ]
