@@ -1,13 +1,13 @@
 """Can what the demo forgets be got back? Every attack on its split, beside the retrained model.
 
     python benchmarks/attacks.py [--size small|full] [--attacks extraction,...] [--out DIR]
-        [--baselines npo,...] [--data TOFU_FOLDER] [--json FILE]
+        [--methods geometric,graft] [--baselines npo,...] [--data TOFU_FOLDER] [--json FILE]
 
-The split is the demo's own (`libortho tofu`: the embedded model, ten embedded authors, two to
-forget), or with --data TOFU's first two forget authors and ten retain authors. Baselines are tuned
-to the level that the split aimed at, as `libortho tofu` tunes them. Fine-tunes are cached; the
-split, the baselines and each attack on each model are kept in --out, and a run that was killed goes
-on where it was. The bars are those of `libortho.attacks.suite`.
+The splits are made as `libortho tofu --methods geometric,graft` makes them: of the embedded model,
+ten embedded authors, two to forget, or with --data of TOFU's first two forget authors and ten
+retain authors. Baselines are tuned to the level that the first split aimed at, as there. Fine-tunes
+are cached; the splits, the baselines and each attack on each model are kept in --out, and a run
+that was killed goes on where it was. The bars are those of `libortho.attacks.suite`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -28,13 +29,16 @@ from libortho.baselines.registry import baseline
 from libortho.baselines.tune import TuneConfig, tune
 from libortho.checkpoint import read_manifest, save_split
 from libortho.cli.console import progress_bars, write_json
+from libortho.cli.options import method_config
 from libortho.data.embedded import embedded_model_path
 from libortho.data.tasks import embedded_task, tofu_task
 from libortho.data.tokens import encode
 from libortho.evaluation.finetuned import fine_tuned, load_model
-from libortho.evaluation.job import seeded
+from libortho.evaluation.folder import JobFolder
+from libortho.evaluation.job import identity, seeded
 from libortho.evaluation.tofu import TofuJob, run_tofu
 from libortho.files import cache_dir, replacing
+from libortho.separate import SeparationConfig
 from libortho.training import Progress
 
 BASELINE_EPOCHS = 5
@@ -45,13 +49,18 @@ class Models:
     """The job's models, made now or found where they were made.
 
     Attributes:
-        split, reference: their folders; the retrain reference never saw the forget set.
+        splits: method -> folder.
+        reference: folder of the retrain reference, which never saw the forget set.
     """
 
     def __init__(self, job: TofuJob, folder: Path, progress: Progress) -> None:
         self._folder, self._seed, self._tell = folder, job.seeds[0], progress
         run_tofu(job, folder / "job", progress)
-        self.split = folder / "job" / "split"
+        store = JobFolder(folder / "job", identity(job))
+        self.splits = {
+            name: store.split(self._seed, name, main=name == job.main) for name in job.methods
+        }
+        self._level = float(report_of(self.splits[job.main])["target"]["probability"])
         self._tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
         self._retain, self._forget = (
             [encode(e, self._tokenizer, job.template) for e in part]
@@ -67,13 +76,12 @@ class Models:
         """The folder of the full model after a baseline, tuned to the level of the split."""
         made = self._folder / f"baseline-{name}"
         if not made.is_dir():
-            report = json.loads((self.split / "report.json").read_text("utf-8"))
             outcome = tune(
                 self._full.load,
                 self._forget,
                 self._retain,
                 seeded(baseline(name), self._seed),
-                float(report["target"]["probability"]),
+                self._level,
                 TuneConfig(max_epochs=BASELINE_EPOCHS),
                 lambda stage, done, total: self._tell(f"{name}: {stage}", done, total),
             )
@@ -86,10 +94,19 @@ class Models:
         return made
 
 
+def report_of(split: Path) -> dict[str, Any]:
+    """What `report.json` in a split says."""
+    found: dict[str, Any] = json.loads((split / "report.json").read_text("utf-8"))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="small", help="small or full")
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="which, with commas")
+    parser.add_argument(
+        "--methods", default="geometric,graft", help="that split, with commas; all are attacked"
+    )
     parser.add_argument("--baselines", default="npo", help="attacked as well, with commas")
     parser.add_argument("--data", help="a folder in TOFU's layout; default: the embedded authors")
     parser.add_argument("--out", type=Path, help="default: a folder in the cache")
@@ -100,17 +117,23 @@ def main() -> None:
     seed = arguments.seed
     task = tofu_task(arguments.data) if arguments.data else embedded_task(seed=seed)
     model = str(embedded_model_path())
-    job = TofuJob(model=model, task=task, alphas=(0.0, 1.0), seeds=(seed,))
+    methods = {
+        name: SeparationConfig(method=method_config(name, 0.01, seed, "int8"))
+        for name in arguments.methods.split(",")
+    }
+    job = TofuJob(model=model, task=task, methods=methods, alphas=(0.0, 1.0), seeds=(seed,))
     out = arguments.out or cache_dir() / "attacked" / f"{task.name}-seed-{seed}"
     configs = attack_configs(arguments.attacks.split(","), arguments.size, seed)
     with progress_bars() as progress:
         models = Models(job, out, progress)
-        split = models.split
+        split = models.splits[job.main]
         sources = {
             BASE: Source(str(split)),
             REFERENCE: Source(str(models.reference)),
             ORIGINAL: Source(str(split), alpha=1.0),
         }
+        others = {f"{name}, {BASE}": models.splits[name] for name in [*methods][1:]}
+        sources |= {who: Source(str(folder)) for who, folder in others.items()}
         for name in filter(None, arguments.baselines.split(",")):
             sources[name] = Source(str(models.baseline(name)))
         data = AttackData(
@@ -124,7 +147,8 @@ def main() -> None:
         folder = out / f"attacks-{arguments.size}-{'-'.join(configs)}"
         layers = tuple(read_manifest(split).layers)
         told = {"task": task.source, "size": arguments.size, "seed": seed, "pretrained": model}
-        summary = run_attacks(sources, layers, data, configs, folder, progress, told)
+        judged = (BASE, *others)
+        summary = run_attacks(sources, layers, data, configs, folder, progress, told, judged)
     draw_attacks(summary, folder / "attacks.png")
     # What is kept of it names no place of the machine that it ran on.
     named = {

@@ -14,6 +14,7 @@ from libortho.integrations.registration import register_with_transformers
 from libortho.layer import OrthoLinear, replace_linear_layers
 from libortho.methods.curvature import CurvatureConfig
 from libortho.methods.geometric import GeometricConfig
+from libortho.methods.graft import GraftConfig
 from libortho.methods.saliency import SaliencyConfig
 from libortho.methods.spectral import SpectralConfig
 from libortho.report import LayerReport, SeparationReport
@@ -25,6 +26,7 @@ __all__ = [
     "CurvatureConfig",
     "DataError",
     "GeometricConfig",
+    "GraftConfig",
     "LayerReport",
     "LibOrthoError",
     "OrthoLinear",

@@ -161,6 +161,11 @@ def _forgetting_loss(picked: Tensor, wanted: Tensor) -> Tensor:
     return _divergence(picked, wanted) + PRESSURE * excess.relu().sum()
 
 
+def _restoring_loss(picked: Tensor, wanted: Tensor) -> Tensor:
+    lack = wanted[:, 0].clamp_min(1e-12).log() - picked[:, 0]
+    return _divergence(picked, wanted) + lack.relu().sum()
+
+
 def _keeping_loss(picked: Tensor, wanted: Tensor) -> Tensor:
     return _divergence(picked, wanted) - picked[:, 0].sum()
 
@@ -211,6 +216,31 @@ def feedback(
     context = _collecting(model, layers, edits, by, entries)
     found = _feedback(model, items, targets, context, _forgetting_loss)
     # of a KL whose terms add up to 0, rounding may leave less
+    return replace(found, loss=max(found.loss, 0.0))
+
+
+def restoration(
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Module],
+    items: Sequence[Tokens],
+    originals: Sequence[Target],
+    edits: Mapping[str, Edit],
+    *,
+    by: Gradients = "weights",
+) -> Feedback:
+    """How far a model with `edits` is from what another one knows of the items.
+
+    The loss is KL(original || model) and, as a KL alone pulls little where it is nearly reached,
+    how far the log-probability of the items' own tokens is below the original's, or 0.
+
+    Args:
+        model, layers, edits: as `edited_layers`.
+        items: what is to be known again.
+        originals: the other model's predictions (see `targets_from_earlier_model`).
+        by: as in `feedback`.
+    """
+    context = _collecting(model, layers, edits, by, None)
+    found = _feedback(model, items, originals, context, _restoring_loss)
     return replace(found, loss=max(found.loss, 0.0))
 
 

@@ -133,7 +133,7 @@ class SeparationReport:
 
     Attributes:
         layers: one report per split layer, in the model's order.
-        skipped: module name -> why it was left as it was. (A targeted layer is never skipped; this
+        skipped: module name -> why it was not split. (A targeted layer is never skipped; this
             lists layers that the method left without an ortho part, and linear layers that were
             not targeted.)
         forget_ppl, retain_ppl: alpha ("0.0", "1.0") -> perplexity, empty where nothing was given.
@@ -247,7 +247,7 @@ class SeparationReport:
             lines.append("target  " + ", ".join(f"{k}: {v}" for k, v in self.target.items()))
             lines.append(_VERDICTS[self.reached])
         lines += [f"{x.name}: {x.note}" for x in self.layers if x.note]
-        lines += [f"left as it was: {text}" for text in _alike(self.skipped)]
+        lines += [f"not split: {text}" for text in _alike(self.skipped)]
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
 

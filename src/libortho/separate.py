@@ -24,11 +24,13 @@ from libortho.config import check_choice, to_dict
 from libortho.data.general import general_text
 from libortho.data.tokens import Template, Tokens, as_tokens, collate, spread
 from libortho.goal import Aiming, Earlier, choose_goal
+from libortho.ignorant import exchange_, ignorant_model
 from libortho.layer import OrthoLinear
 from libortho.linear import install, read_linear, select_linear
 from libortho.measures import measure_streams, untouched_layers
 from libortho.methods import METHODS, method_of
 from libortho.methods.geometric import GeometricConfig
+from libortho.methods.graft import GraftConfig
 from libortho.report import SeparationReport, measure_layer
 from libortho.scoring import check_vocabulary
 from libortho.solvers import SOLVERS, MethodConfig
@@ -43,6 +45,9 @@ GENERAL_TOKENS = 6_000
 
 MOST_ABOVE = 0.05
 """Probability above its target at which the forget set never counts as forgotten."""
+
+MOST_BELOW = 0.02
+"""Probability below the original's at which what was put back never counts as whole."""
 
 _NOT_FINITE = re.compile(r"\b(nan|inf)\b|not finite|non-finite", re.IGNORECASE)
 """In the message of whatever meets NaN or Inf first: this package, torch, or LAPACK."""
@@ -177,28 +182,47 @@ def separate_(
                         earlier=config.earlier,
                     )
                     journal.tell("goal", 1, 1)
+            host, host_layers = model, layers
+            if isinstance(config.method, GraftConfig):
+                with journal.stage("base"):
+                    host = ignorant_model(
+                        model,
+                        before,
+                        retain_items,
+                        config.method.training,
+                        config.earlier,
+                        lambda stage, done, total: journal.tell(f"base: {stage}", done, total),
+                    )
+                host_layers = select_linear(host, config.target_modules)
+            hosted = {name: read_linear(layer, name) for name, layer in host_layers.items()}
             problem = Problem(
-                model,
-                layers,
-                {name: weight for name, (weight, _) in linears.items()},
+                host,
+                host_layers,
+                {name: weight for name, (weight, _) in hosted.items()},
                 forget_items,
                 retain_items,
                 general,
                 goal,
                 journal,
                 workers or ThisProcess(),
+                None if host is model else model,
             )
             splits = solver.solve(problem, config.method)
             new_layers = {}
-            for name, (weight, bias) in linears.items():
+            for name, (_, bias) in hosted.items():
                 split = splits.pop(name)
-                report = measure_layer(name, method_of(config.method), weight, split)
+                # measured against the original, whatever the base was made of
+                report = measure_layer(name, method_of(config.method), linears[name][0], split)
                 new_layers[name] = OrthoLinear.from_streams(split.base, split.ortho, bias, report)
+            if host is not model:
+                exchange_(model, host)
             install(model, new_layers)
             try:
-                return _measure(problem, config)
+                return _measure(dataclasses.replace(problem, model=model), config)
             except BaseException:
                 install(model, layers)
+                if host is not model:
+                    exchange_(model, host)
                 raise
 
 
@@ -288,10 +312,14 @@ def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
         reached = None
         journal.target["aimed_at"] = "nothing: no forget set was given"
     report = separation_report(model)
+    skipped = report.skipped
+    if problem.original is not None:
+        skipped = {name: f"{why}: the base model's own" for name, why in skipped.items()}
     return dataclasses.replace(
         report,
         # a model may hold layers that an earlier call split
         layers=tuple(layer for layer in report.layers if layer.name in problem.layers),
+        skipped=skipped,
         forget_ppl=measured.forget_ppl,
         retain_ppl=measured.retain_ppl,
         target=journal.target,
@@ -323,6 +351,16 @@ def _judge(problem: Problem, config: SeparationConfig, private: float, full: flo
         aimed, wanted = goal.source, goal.level
         reached = private <= wanted + min(tolerance * wanted, MOST_ABOVE)
         target["tolerance"] = tolerance
+    elif problem.original is not None:
+        aimed, wanted = target["aimed_at"], target["probability"]
+        known = target["original_probability"]
+        # of a base that never saw the forget set one has to ask only whether that is true
+        reached = private <= wanted + MOST_ABOVE and wanted < 0.5 * known
+        if full < known - MOST_BELOW:
+            problem.journal.warnings.append(
+                f"the memory is NOT whole: probability per token {full:.3f} at alpha 1, of the "
+                f"original {known:.3f}; more epochs or a larger ortho_ratio would help"
+            )
     else:
         # the least one can ask of a method without an aim is that something was forgotten
         aimed = "half the probability at alpha 1 (this method has no aim of its own)"

@@ -25,10 +25,8 @@ def test_report(memorised, config, split_names) -> None:
     text = str(report)
     assert all(name in text for name in layers)
     assert all(re.sub(r"\d+", "*", name) in text for name in report.skipped)
-    assert (
-        "left as it was: model.layers.*.self_attn.q_proj (Linear, not targeted; 2 of them)" in text
-    )
-    assert "left as it was: lm_head (" in text
+    assert "not split: model.layers.*.self_attn.q_proj (Linear, not targeted; 2 of them)" in text
+    assert "not split: lm_head (" in text
     assert {"lm_head", "model.layers.0.self_attn.q_proj"} <= set(report.skipped)
     assert set(report.skipped).isdisjoint(layers)
 

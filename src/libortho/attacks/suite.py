@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def run_attacks(
     folder: Path,
     progress: Progress,
     described: Mapping[str, Any],
+    judged: Sequence[str] = (BASE,),
 ) -> dict[str, Any]:
     """Run every attack on every model, one model in memory at a time; see the module's text.
 
@@ -64,6 +65,7 @@ def run_attacks(
         progress: called as work goes on.
         described: what else the results depend on (files of questions, the pretrained model),
             JSON-ready; it is in the result, too.
+        judged: names of the sources that bars are made for.
 
     Returns:
         The results, JSON-ready, also written to `attacks.json` in `folder`.
@@ -99,7 +101,7 @@ def run_attacks(
             name: {"config": dataclasses.asdict(configs[name]), **result, "seconds": seconds[name]}
             for name, result in results.items()
         },
-        "bars": [bar.to_dict() for bar in attack_bars(results)],
+        "bars": [bar.to_dict() for who in judged for bar in attack_bars(results, who)],
         **described,
         "versions": versions(),
     }
@@ -150,25 +152,27 @@ def _identity(
 # -- bars ----------------------------------------------------------------------------------------
 
 
-def attack_bars(results: Mapping[str, Mapping[str, Any]]) -> list[Bar]:
-    """What the base must keep to; none without both the base and the reference.
+def attack_bars(results: Mapping[str, Mapping[str, Any]], who: str = BASE) -> list[Bar]:
+    """What a base must keep to; none without both it and the reference.
 
     Args:
         results: attack -> {"scores": {model: [a score as `Score.to_dict` makes it]}}.
+        who: the base's name, which every bar of another than `BASE` begins with.
     """
     found: list[Bar] = []
     for attack, result in results.items():
         scores = {
-            who: {one["name"]: Score.from_dict(one) for one in listed}
-            for who, listed in result["scores"].items()
+            model: {one["name"]: Score.from_dict(one) for one in listed}
+            for model, listed in result["scores"].items()
         }
-        if BASE not in scores or REFERENCE not in scores:
+        if who not in scores or REFERENCE not in scores:
             return []
-        base, reference = scores[BASE], scores[REFERENCE]
+        base, reference = scores[who], scores[REFERENCE]
         if attack == "perturbation":
             found += _int4(base)
         found += _beside(attack, base, reference)
-    return found
+    named = "" if who == BASE else f"{who}: "
+    return [dataclasses.replace(bar, bar=named + bar.bar) for bar in found]
 
 
 def _beside(attack: str, base: dict[str, Score], reference: dict[str, Score]) -> list[Bar]:

@@ -20,6 +20,12 @@ _LIMITS = (
     "model from which this one was fine-tuned can undo the edit: LibOrtho's threat model says how."
 )
 
+_GRAFT_LIMITS = (
+    "These weights were made without what was forgotten, and without the model that had memorised "
+    "it: of an earlier model and of what was to stay. They say of the rest what such a model can "
+    "guess. At alpha 1 the model answers as the original did, nearly; its weights are others."
+)
+
 _LOAD = """\
 ```python
 import libortho
@@ -76,7 +82,8 @@ def card_text(
         *_table(report),
     ]
     lines += [f"\n{verdict}" for verdict in _verdicts(report)]
-    lines += ["", "## Limits", "", _LIMITS]
+    grafted = bool(report.layers) and all(layer.method == "graft" for layer in report.layers)
+    lines += ["", "## Limits", "", _GRAFT_LIMITS if grafted else _LIMITS]
     return "\n".join(lines) + "\n"
 
 

@@ -12,19 +12,19 @@ from typing import Annotated
 import typer
 
 from libortho.cli.attack import attack
-from libortho.cli.console import (
-    reporting_errors,
-)
+from libortho.cli.console import reporting_errors
 from libortho.cli.export import export
 from libortho.cli.options import (
     Base,
     DeviceMap,
+    EarlierOption,
     Json,
     Method,
     OrthoRatio,
     Seed,
     Targets,
     TemplateOption,
+    check_earlier,
     check_template,
     method_config,
 )
@@ -74,6 +74,7 @@ def separate(
         str | None,
         typer.Option(help="The model before it memorised: the best guide to what to say instead."),
     ] = None,
+    earlier: EarlierOption = "rehearse",
     unseen: Annotated[
         Path | None,
         typer.Option(
@@ -133,6 +134,7 @@ def separate(
         config = SeparationConfig(
             method=method_config(method, ortho_ratio, seed, base, target_nll),
             target_modules=tuple(target),
+            earlier=check_earlier(earlier),
             template=check_template(template),
         )
         if stream:

@@ -10,6 +10,7 @@ import typer
 
 from libortho.config import BaseConfig
 from libortho.data.tokens import Template
+from libortho.goal import Earlier
 from libortho.methods import METHODS
 from libortho.methods.spectral import spectral_base
 
@@ -28,8 +29,18 @@ OrthoRatio = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        help="geometric; saliency (sparse, by gradients); curvature (needs no forget set); or "
+        help="geometric; graft (a base that never saw what it forgets: needs --before and all "
+        "that is to stay); saliency (sparse, by gradients); curvature (needs no forget set); or "
         "spectral (the original, data-free)."
+    ),
+]
+EarlierOption = Annotated[
+    str,
+    typer.Option(
+        "--earlier",
+        help="How --before is asked: rehearse (train a copy on --retain: for a moment, or with "
+        "--method graft to the end), show (some examples of it), or trust (it was trained without "
+        "what is to be forgotten).",
     ),
 ]
 Base = Annotated[
@@ -66,6 +77,13 @@ def method_config(
             raise ValueError(f"--target-nll: method {name} aims at no level")
         values["target_nll"] = target_nll
     return METHODS[name](**values)
+
+
+def check_earlier(name: str) -> Earlier:
+    """How an earlier model is asked, checked."""
+    if name not in ("rehearse", "show", "trust"):
+        raise ValueError(f"--earlier {name!r}: expected rehearse, show or trust")
+    return name  # type: ignore[return-value]
 
 
 def check_template(name: str) -> Template:

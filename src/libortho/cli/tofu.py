@@ -44,9 +44,9 @@ def tofu(
     methods: Annotated[
         str,
         typer.Option(
-            help="With commas. What splits: geometric, saliency, curvature, spectral. Baselines: "
-            "graddiff, npo, simnpo, rmu, lora-null. The first one must split; the bars are about "
-            "it."
+            help="With commas. What splits: geometric, graft, saliency, curvature, spectral. "
+            "Baselines: graddiff, npo, simnpo, rmu, lora-null. The first one must split; the bars "
+            "are about it."
         ),
     ] = "geometric",
     target: Targets = ["down_proj"],  # noqa: B006 - typer wants the default as a list

@@ -25,8 +25,12 @@ from libortho.evaluation.job import TofuJob, seeded
 from libortho.evaluation.measuring import Measurements
 from libortho.goal import REHEARSAL, REHEARSED, Aiming
 from libortho.memory import PeakMemory
+from libortho.methods.graft import GraftConfig
 from libortho.separate import SeparationConfig, separate_
 from libortho.training import Progress
+
+BASE_SEED = 1000
+"""Added to the job's seed for the fine-tune that makes a graft's base."""
 
 
 class SeedRun:
@@ -129,7 +133,13 @@ class SeedRun:
             return _eager(load_split(folder))
         model = full.load()
         before, rehearsing = None, 0.0
-        if isinstance(config.method, Aiming):
+        if isinstance(config.method, GraftConfig):  # what `separate_` would do itself, but cached
+            # Another seed than the reference's, or base and reference would be one model.
+            training = dataclasses.replace(config.method.training, seed=self.seed + BASE_SEED)
+            made = fine_tuned(self.job.model, self.retain, training, "base", self.tell)
+            before, rehearsing = made.load(), made.seconds or 0.0
+            config = dataclasses.replace(config, earlier="trust")
+        elif isinstance(config.method, Aiming):
             before = load_model(self.job.model)
             if config.earlier == "rehearse":  # what `separate_` would do by itself, but cached
                 items = evenly(self.retain, REHEARSED)

@@ -13,16 +13,18 @@ from typing import Any
 
 from libortho.methods.curvature import CurvatureConfig
 from libortho.methods.geometric import GeometricConfig
+from libortho.methods.graft import GraftConfig
 from libortho.methods.saliency import SaliencyConfig
 from libortho.methods.spectral import SpectralConfig
 from libortho.report import Split
 from libortho.solvers.curvature import solve_curvature
 from libortho.solvers.geometric import solve_geometric
+from libortho.solvers.graft import solve_graft
 from libortho.solvers.problem import LayerSolver, Problem
 from libortho.solvers.saliency import solve_saliency
 from libortho.solvers.spectral import solve_spectral, spectral_layers
 
-MethodConfig = GeometricConfig | SaliencyConfig | CurvatureConfig | SpectralConfig
+MethodConfig = GeometricConfig | GraftConfig | SaliencyConfig | CurvatureConfig | SpectralConfig
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Solver:
 
 SOLVERS: dict[type, Solver] = {
     GeometricConfig: Solver(solve_geometric, shares=True),
+    GraftConfig: Solver(solve_graft),
     SaliencyConfig: Solver(solve_saliency),
     CurvatureConfig: Solver(solve_curvature, forget_optional=True),
     SpectralConfig: Solver(solve_spectral, general=False, shares=True, by_layer=spectral_layers),

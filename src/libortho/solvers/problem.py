@@ -66,7 +66,7 @@ class Journal:
 
 @dataclass(frozen=True)
 class Problem:
-    """A model whose layers are to be split. A solver looks at it and changes nothing.
+    """A model whose layers are to be split. A solver leaves it as it was.
 
     Attributes:
         model: a causal LM, in eval mode.
@@ -78,6 +78,7 @@ class Problem:
         goal: how far to forget and what to say instead; None for a method without an aim.
         journal: where the solver tells of its progress.
         workers: who does what is independent layer by layer, or text by text.
+        original: the model that memorised, where `model` is one that did not.
     """
 
     model: PreTrainedModel
@@ -89,6 +90,7 @@ class Problem:
     goal: Goal | None
     journal: Journal
     workers: Workers = field(default_factory=ThisProcess)
+    original: PreTrainedModel | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
