@@ -20,9 +20,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def check_trainable(given: bool, earlier: Earlier) -> None:
+    """Raise ValueError where there is no earlier model, or one that is only to be shown examples.
+
+    Args:
+        given: whether there is one.
+        earlier: how it is to be asked.
+    """
+    if not given:
+        raise ValueError(
+            "before is missing: the graft method's base is made of the model from before the "
+            "memorising (of the same shape), or of one that was trained without the forget set"
+        )
+    if earlier == "show":
+        raise ValueError(
+            "earlier='show': a base has to be trained, showing it examples does not last; expected "
+            "'rehearse', or 'trust' for an earlier model that was trained on the retain set already"
+        )
+
+
 def ignorant_model(
     model: PreTrainedModel,
-    before: PreTrainedModel | None,
+    before: PreTrainedModel,
     retain: Sequence[Tokens],
     training: MemoriseConfig,
     earlier: Earlier,
@@ -42,19 +61,8 @@ def ignorant_model(
         A model in evaluation mode, on the earlier model's devices, in the dtypes of `model`.
 
     Raises:
-        ValueError: no earlier model, one of another shape, one that is not whole in memory, or one
-            that is only to be shown examples.
+        ValueError: an earlier model of another shape, or one that is not whole in memory.
     """
-    if before is None:
-        raise ValueError(
-            "before is missing: the graft method's base is made of the model from before the "
-            "memorising (of the same shape), or of one that was trained without the forget set"
-        )
-    if earlier == "show":
-        raise ValueError(
-            "earlier='show': a base has to be trained, showing it examples does not last; expected "
-            "'rehearse', or 'trust' for an earlier model that was trained on the retain set already"
-        )
     own, other = _tensors(model), _tensors(before)
     for name in [*own, *other]:
         shapes = [tuple(t[name].shape) if name in t else None for t in (own, other)]

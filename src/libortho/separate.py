@@ -24,7 +24,7 @@ from libortho.config import check_choice, to_dict
 from libortho.data.general import general_text
 from libortho.data.tokens import Template, Tokens, as_tokens, collate, spread
 from libortho.goal import Aiming, Earlier, choose_goal
-from libortho.ignorant import exchange_, ignorant_model
+from libortho.ignorant import check_trainable, exchange_, ignorant_model
 from libortho.layer import OrthoLinear
 from libortho.linear import install, read_linear, select_linear
 from libortho.measures import measure_streams, untouched_layers
@@ -150,7 +150,7 @@ def separate_(
     def tokens(items: Sequence[Any], label: str) -> list[Tokens]:
         return _checked_tokens(model, items, label, tokenizer, config.template)
 
-    check_forget(config, forget)
+    check_sets(config, forget, before is not None)
     forget_items = [] if forget is None or len(forget) == 0 else tokens(forget, "forget")
     retain_items = tokens(retain, "retain")
     unseen_items = None if unseen is None else tokens(unseen, "unseen")
@@ -184,6 +184,7 @@ def separate_(
                     journal.tell("goal", 1, 1)
             host, host_layers = model, layers
             if isinstance(config.method, GraftConfig):
+                assert before is not None
                 with journal.stage("base"):
                     host = ignorant_model(
                         model,
@@ -226,8 +227,16 @@ def separate_(
                 raise
 
 
-def check_forget(config: SeparationConfig, forget: Sequence[Any] | None) -> None:
-    """Raise ValueError where `config`'s method needs a forget set and there is none."""
+def check_sets(config: SeparationConfig, forget: Sequence[Any] | None, before: bool) -> None:
+    """Raise ValueError where `config`'s method needs what is not there.
+
+    Args:
+        config: of the split.
+        forget: the forget set, or None.
+        before: whether there is an earlier model.
+    """
+    if isinstance(config.method, GraftConfig):
+        check_trainable(before, config.earlier)
     given = forget is not None and len(forget) > 0
     if given or SOLVERS[type(config.method)].forget_optional:
         return

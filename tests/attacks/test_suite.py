@@ -71,6 +71,11 @@ def test_bars_are_about_the_worst_beside_the_reference() -> None:
         ("INT4, x)", pytest.approx(0.0), "<= 0.05", True),
         ("a)", pytest.approx(0.5), ">= 0.7", False),
     ]
+    for result in results.values():
+        result["scores"]["another"] = result["scores"]["alpha 0"]
+    others = attack_bars(results, "another")
+    assert [b.bar for b in others] == [f"another: {name}" for name in bars]
+    assert [b.value for b in others] == [b.value for b in bars.values()]
     del results["membership"]["scores"]["reference"]
     assert attack_bars(results) == []
 

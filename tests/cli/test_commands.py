@@ -132,6 +132,25 @@ def test_every_method(folder: Path, method: str) -> None:
     assert report["settings"]["method"]["ortho_ratio"] == 0.2
 
 
+@pytest.mark.parametrize("earlier", ["rehearse", "trust"])
+def test_a_graft_on_an_earlier_model(folder: Path, tiny_llama, earlier: str) -> None:
+    earlier_model = tiny_llama()
+    earlier_model.model.layers[0].mlp.down_proj.weight.mul_(0.5)
+    earlier_model.save_pretrained(folder / "before")
+    made = separate(
+        folder, "--method", "graft", "--before", folder / "before", "--earlier", earlier,
+        "--json", folder / "report.json",
+    )  # fmt: skip
+    assert made.exit_code in (0, 3), made.output
+    report = json.loads((folder / "report.json").read_text())
+    assert {layer["method"] for layer in report["layers"]} == {"graft"}
+    assert report["settings"]["earlier"] == earlier
+    assert report["target"]["original_probability"] > 0
+    card = (folder / "split" / "README.md").read_text()
+    assert "were made without what was forgotten" in card
+    assert "can undo the edit" not in card
+
+
 def test_no_forget_set(folder: Path) -> None:
     def without(*more: object):
         return run(
@@ -162,7 +181,7 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
     [
         (["--target", "nothing_proj"], "matches no module"),
         (["--ortho-ratio", "1.5"], "ortho_ratio=1.5"),
-        (["--method", "magic"], "expected one of curvature, geometric, saliency, spectral"),
+        (["--method", "magic"], "expected one of curvature, geometric, graft, saliency, spectral"),
         (["--method", "spectral", "--target-nll", "2"], "method spectral aims at no level"),
         (["--template", "latin"], "expected plain or chat"),
         (["--base", "int3"], "--base 'int3': expected int8, int4 or fp16"),
@@ -173,6 +192,8 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
         (["--unseen", "missing.jsonl"], "no such file"),
         (["--before", "./missing"], "missing"),
         (["--gather", "2"], "--gather is for --ray"),
+        (["--method", "graft"], "before is missing: the graft method's base is made of"),
+        (["--earlier", "ask"], "--earlier 'ask': expected rehearse, show or trust"),
         (["--device-map", "many"], "--device-map 'many': expected auto, balanced"),
         (["--device-map", "auto", "--ray", "auto"], "--device-map with --ray: each worker loads"),
     ],

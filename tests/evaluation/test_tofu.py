@@ -21,6 +21,7 @@ from libortho.evaluation.suite import SuiteConfig
 from libortho.evaluation.tofu import run_tofu
 from libortho.evaluation.write import render_report, write_summary
 from libortho.methods.geometric import GeometricConfig
+from libortho.methods.graft import GraftConfig
 from libortho.separate import SeparationConfig
 from libortho.training import MemoriseConfig
 
@@ -216,6 +217,30 @@ def test_methods_seeds_and_baselines_in_one_table(job: TofuJob, tmp_path: Path) 
     assert any("baselines beaten" in bar for bar in bars)
     assert any("mean token KL" in bar for bar in bars)
     write_summary(summary, tmp_path / "run")
+
+
+def test_the_base_of_a_graft_is_trained_apart_from_the_reference(
+    job: TofuJob, tmp_path: Path, monkeypatch
+) -> None:
+    graft = GraftConfig(ortho_ratio=0.4, epochs=40, training=job.recipe)
+    job = dataclasses.replace(job, methods={"graft": SeparationConfig(method=graft), **job.methods})
+    trained: list[tuple[int, int]] = []
+    original = seed.fine_tuned
+
+    def noted(model, items, recipe, label, tell):
+        trained.append((len(items), recipe.seed))
+        return original(model, items, recipe, label, tell)
+
+    monkeypatch.setattr(seed, "fine_tuned", noted)
+    summary = run_tofu(job, tmp_path / "run")
+    # full, reference, the graft's base, and what geometric's earlier model is rehearsed on
+    assert trained == [(2, 0), (1, 0), (1, seed.BASE_SEED), (1, 0)]
+    rows = summary["rows"]
+    assert list(rows)[2:] == [
+        "alpha 0", "alpha 1", "geometric, alpha 0", "geometric, alpha 1",
+    ]  # fmt: skip
+    assert rows["alpha 0"]["forget_probability"] < 0.5 * rows["full"]["forget_probability"]
+    assert rows["alpha 1"]["forget_probability"] > 0.9 * rows["full"]["forget_probability"]
 
 
 @pytest.mark.parametrize(

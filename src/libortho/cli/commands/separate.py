@@ -14,7 +14,7 @@ from libortho.data.examples import read_jsonl
 from libortho.devices import check_device_map, offloaded
 from libortho.evaluation.finetuned import load_model
 from libortho.report import SeparationReport
-from libortho.separate import SeparationConfig, check_forget, separate_
+from libortho.separate import SeparationConfig, check_sets, separate_
 from libortho.streaming import check_streamed, separate_streamed
 from libortho.workers import GATHERED_BYTES, Workers
 
@@ -70,7 +70,7 @@ def run_separate(
             raise ValueError("--device-map with --ray: each worker loads the model by itself")
     check_writable(out)
     forget_set = None if forget is None else read_jsonl(forget)
-    check_forget(config, forget_set)
+    check_sets(config, forget_set, before is not None)
     retain_set = read_jsonl(retain)
     unseen_set = None if unseen is None else read_jsonl(unseen)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
