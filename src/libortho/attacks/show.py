@@ -13,10 +13,10 @@ from rich.table import Table
 
 from libortho.attacks.relearning import STEPS
 from libortho.attacks.suite import BASE, ORIGINAL, REFERENCE
-from libortho.evaluation.canvas import BLUE, GREEN, GREY, VERMILION
+from libortho.evaluation.canvas import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 _STYLE = {BASE: (VERMILION, "o"), REFERENCE: (GREEN, "D"), ORIGINAL: (GREY, "s")}
-_OTHERS = ("^", "v", "P", "X", "*")
+_OTHERS = ((BLUE, "^"), (PURPLE, "v"), (SKY, "P"), (ORANGE, "X"))
 
 
 def print_attacks(summary: dict[str, Any], console: Console) -> None:
@@ -133,7 +133,7 @@ def _dots(axes: Axes, rates: list[tuple[str, str, dict[str, Any]]], models: list
 
 def _style(who: str, models: list[str]) -> tuple[str, str]:
     others = [name for name in models if name not in _STYLE]
-    return _STYLE.get(who) or (BLUE, _OTHERS[others.index(who) % len(_OTHERS)])
+    return _STYLE.get(who) or _OTHERS[others.index(who) % len(_OTHERS)]
 
 
 def _clean(axes: Axes, grid: Any) -> None:

@@ -1,4 +1,4 @@
-"""`dense`: an ordinary Hugging Face model at one alpha. At 0, a deletion that cannot be undone."""
+"""`dense`: an ordinary Hugging Face model at one alpha. At 0, one without the ortho stream."""
 
 from __future__ import annotations
 
