@@ -43,8 +43,8 @@ STRIP = sys.modules["libortho.checkpoint.strip"]
 """The module, whose name in its package is its function's."""
 
 STEPS: list[tuple[object, str, int]] = [
-    (write, "save_file", 0),
-    (write, "save_file", 1),
+    (write, "save_aligned", 0),
+    (write, "save_aligned", 1),
     (write, "digest", 0),
     (write, "digest", 1),
     (write, "_write_ortho", 0),

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import libortho
@@ -50,7 +49,7 @@ from libortho.checkpoint.schema import read_object
 from libortho.checkpoint.sealed import CIPHER, seal
 from libortho.checkpoint.skeleton import build_skeleton, check_fit, computed_buffers
 from libortho.checkpoint.streams import ortho_names, storage_of, streams_of
-from libortho.checkpoint.tensorfile import digest, read_entries
+from libortho.checkpoint.tensorfile import METADATA, digest, read_entries, save_aligned
 from libortho.checkpoint.verify import check_files, read_base
 from libortho.errors import CheckpointError
 from libortho.layer import OrthoLinear
@@ -61,7 +60,6 @@ if TYPE_CHECKING:
 
 MAX_SHARD_SIZE = "50GB"
 """transformers' own default."""
-METADATA = {"format": "pt"}
 
 
 def save_split(
@@ -325,10 +323,7 @@ def _with_data(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> d
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    try:
-        save_file(_with_data(tensors, stored), str(path), metadata=METADATA)
-    except SafetensorError as error:
-        raise OSError(f"{path.name} cannot be written: {error}") from error
+    save_aligned(_with_data(tensors, stored), path)
 
 
 def _write_text(path: Path, text: str) -> None:

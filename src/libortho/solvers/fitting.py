@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 FIND_TOKENS = 6_000
 """Tokens of the forget set, evenly spread, that the directions are found on."""
 
-POOL_TOKENS = 8_000
-"""Tokens of retain and general text, evenly spread, that the second phase draws from."""
-
 WINDOW = 80
 """Longest sequence of running text there, in tokens: each of them is predicted, which is dear."""
 
@@ -147,6 +144,8 @@ class Fit:
         method: with the sizes of the steps.
         course: where they lead.
         descent: after its first phase.
+        pool_tokens: about how many tokens of retain and general text, evenly spread, its steps draw
+            from. What the model with the edit should say of each is asked once.
 
     Attributes:
         steps: of an epoch.
@@ -154,12 +153,17 @@ class Fit:
     """
 
     def __init__(
-        self, problem: Problem, method: DescentConfig, course: Course, descent: Descent
+        self,
+        problem: Problem,
+        method: DescentConfig,
+        course: Course,
+        descent: Descent,
+        pool_tokens: int,
     ) -> None:
         self._problem, self._course, self._descent = problem, course, descent
         self._order = random.Random(method.seed)
         pools = [
-            spread([_windows(items)], POOL_TOKENS // len(problem.kept)) for items in problem.kept
+            spread([_windows(items)], pool_tokens // len(problem.kept)) for items in problem.kept
         ]
         self._kept = batches_of(pools, method.retain_tokens, method.seed)
         self._originals: dict[int, Target] = {}

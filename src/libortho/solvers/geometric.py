@@ -27,6 +27,9 @@ from libortho.solvers.search import search
 from libortho.solvers.spectrum import edit_spectrum
 from libortho.workers import Piece, layer_groups
 
+POOL_TOKENS = 8_000
+"""See `Fit`: enough to keep to the original, of which the edit leaves most as it is."""
+
 NEAR = 2.0
 """Multiple of the wanted probability below which it is measured after every epoch."""
 
@@ -91,7 +94,7 @@ def _descend(
 ) -> dict[str, LowRankEdit]:
     course = Course(feedback, goal.targets, problem.model)
     descent = find_directions(problem, method, course, metrics, budget)
-    fit = Fit(problem, method, course, descent)
+    fit = Fit(problem, method, course, descent, POOL_TOKENS)
     few = len(problem.forget) <= FEW
     start = descent.edits()
 
