@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from libortho.cli.console import write_json
 from libortho.data.embedded import embedded_model_path
@@ -67,9 +67,10 @@ def unsplit(on: bool) -> Iterator[None]:
         yield
 
 
-def load_original(name: str, dtype: torch.dtype) -> Loaded:
+def load_original(name: str, dtype: torch.dtype, split: Loaded) -> Loaded:
+    """The original, with the tokenizer of its split: a fine-tune may have been kept without one."""
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval().requires_grad_(False)
-    return Loaded(model, AutoTokenizer.from_pretrained(name), "", "present")
+    return Loaded(model, split.tokenizer, "", "present")
 
 
 async def one_round(
@@ -150,7 +151,7 @@ def main() -> int:
     split = load_for_serving(arguments.split, dtype, arguments.dense)
     with unsplit(True):
         name = arguments.original or str(embedded_model_path())
-        original = WithoutEnd(load_original(name, dtype), limits)
+        original = WithoutEnd(load_original(name, dtype, split), limits)
     engine = WithoutEnd(split, limits)
     ids = [i for text in general_text() for i in split.tokenizer(text).input_ids]
     step = arguments.prompt_tokens

@@ -227,6 +227,11 @@ def separate_(
                 raise
 
 
+def needs_before(config: SeparationConfig) -> bool:
+    """Whether the base is made of an earlier model, which must be there."""
+    return isinstance(config.method, GraftConfig)
+
+
 def check_sets(config: SeparationConfig, forget: Sequence[Any] | None, before: bool) -> None:
     """Raise ValueError where `config`'s method needs what is not there.
 
@@ -235,7 +240,7 @@ def check_sets(config: SeparationConfig, forget: Sequence[Any] | None, before: b
         forget: the forget set, or None.
         before: whether there is an earlier model.
     """
-    if isinstance(config.method, GraftConfig):
+    if needs_before(config):
         check_trainable(before, config.earlier)
     given = forget is not None and len(forget) > 0
     if given or SOLVERS[type(config.method)].forget_optional:

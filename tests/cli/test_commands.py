@@ -193,6 +193,8 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
         (["--before", "./missing"], "missing"),
         (["--gather", "2"], "--gather is for --ray"),
         (["--method", "graft"], "before is missing: the graft method's base is made of"),
+        (["--method", "curvature", "--before", "m"], "--before: method curvature does not look"),
+        (["--method", "graft", "--unseen", "u"], "--unseen: method graft does not look at it"),
         (["--earlier", "ask"], "--earlier 'ask': expected rehearse, show or trust"),
         (["--device-map", "many"], "--device-map 'many': expected auto, balanced"),
         (["--device-map", "auto", "--ray", "auto"], "--device-map with --ray: each worker loads"),

@@ -13,8 +13,10 @@ from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, wri
 from libortho.data.examples import read_jsonl
 from libortho.devices import check_device_map, offloaded
 from libortho.evaluation.finetuned import load_model
+from libortho.goal import Aiming
+from libortho.methods import method_of
 from libortho.report import SeparationReport
-from libortho.separate import SeparationConfig, check_sets, separate_
+from libortho.separate import SeparationConfig, check_sets, needs_before, separate_
 from libortho.streaming import check_streamed, separate_streamed
 from libortho.workers import GATHERED_BYTES, Workers
 
@@ -68,6 +70,11 @@ def run_separate(
         check_device_map(device_map)
         if ray is not None:
             raise ValueError("--device-map with --ray: each worker loads the model by itself")
+    aims = isinstance(config.method, Aiming)
+    asks = {"--unseen": (unseen, aims), "--before": (before, aims or needs_before(config))}
+    for option, (value, looked_at) in asks.items():
+        if value is not None and not looked_at:
+            raise ValueError(f"{option}: method {method_of(config.method)} does not look at it")
     check_writable(out)
     forget_set = None if forget is None else read_jsonl(forget)
     check_sets(config, forget_set, before is not None)
