@@ -34,6 +34,21 @@ def test_the_document_holds_what_is_served(running) -> None:
     assert "422" not in document["paths"]["/v1/chat/completions"]["post"]["responses"]
 
 
+@pytest.mark.parametrize("most", [1, 7, 16])
+def test_the_document_says_how_many_answers_a_request_may_ask_for(most: int) -> None:
+    from libortho.serve.openapi import _answers
+
+    said = [
+        (part["properties"]["prompt"]["anyOf"][-1]["maxItems"],
+         part["properties"]["n"]["anyOf"][0]["maximum"])
+        for part in _answers(most)
+    ]  # fmt: skip
+    for prompts in range(1, 20):
+        for n in range(1, 20):
+            allowed = any(prompts <= p and n <= largest for p, largest in said)
+            assert allowed == (prompts * n <= most)
+
+
 def test_schemathesis_finds_nothing(running) -> None:
     schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
     for result in schema.get_all_operations():

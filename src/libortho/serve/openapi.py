@@ -68,3 +68,22 @@ def _correct(document: dict[str, Any], limits: Limits) -> None:
                     option.pop("exclusiveMaximum", None)
                     option["maximum"] = value
     schemas["ScoreRequest"]["properties"]["alphas"]["maxItems"] = limits.choices
+    schemas["CompletionRequest"]["anyOf"] = _answers(limits.choices)
+
+
+def _answers(most: int) -> list[dict[str, Any]]:
+    """Prompts times n is at most `most`: for each number of prompts the largest n.
+
+    An array of token ids is one prompt, as a text is.
+    """
+    largest = {most // n: n for n in range(1, most + 1)}
+    one = [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]
+    return [
+        {
+            "properties": {
+                "n": {"anyOf": [{"type": "integer", "maximum": n}, {"type": "null"}]},
+                "prompt": {"anyOf": [*one, {"type": "array", "maxItems": prompts}]},
+            }
+        }
+        for prompts, n in largest.items()
+    ]
