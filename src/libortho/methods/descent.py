@@ -97,7 +97,8 @@ class Descent:
         Args:
             gradients: layer -> gradients of a loss by the factors of `edits()`, (out_features,
                 rank) and (rank, in_features) fp32; layers of rank 0 have none.
-            rate: length of a step, relative to the factors' root mean square at the first.
+            rate: length of a step, relative to the factors' root mean square at the first; that of
+                the first call holds for all.
         """
         names = [name for name, left in self._left.items() if left.shape[1]]
         sides = ([self._left[n] for n in names], [self._right[n] for n in names])

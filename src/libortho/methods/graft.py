@@ -47,7 +47,7 @@ class GraftConfig:
         step: fraction of the Polyak step taken by these.
         epochs: passes over the forget set that then move the directions, at most: they end when
             it is as well known as to the original.
-        settling: passes after that, in steps that fall to nothing along half a cosine.
+        settling: passes after that, of the same steps.
         rate: length of the steps, relative to the factors.
         batch: forget sequences per step of an epoch.
         retain_tokens: about how many tokens of retain and general text are in such a step.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -27,7 +26,7 @@ POOL_TOKENS = 40_000
 """See `Fit`: more than for an edit of the original, which the base is not."""
 
 NEAR = 0.01
-"""How far below the original's the forget set is known, over an epoch, when steps shorten."""
+"""How far below the original's the forget set is known, over an epoch, when it settles."""
 
 
 def solve_graft(problem: Problem, method: GraftConfig) -> dict[str, Split]:
@@ -96,8 +95,7 @@ def _grow(
     tell("graft", method.epochs, method.epochs)
     for settled in range(method.settling):
         tell("settle", settled, method.settling)
-        fade = 0.5 * (1 + math.cos(math.pi * (settled + 1) / (method.settling + 1)))
-        fit.epoch(method.rate * fade)
+        fit.epoch(method.rate)
     tell("settle", method.settling, method.settling)
     return descent, grown + method.settling
 
