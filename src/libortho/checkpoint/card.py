@@ -82,8 +82,9 @@ def card_text(
         *_table(report),
     ]
     lines += [f"\n{verdict}" for verdict in _verdicts(report)]
-    grafted = bool(report.layers) and all(layer.method == "graft" for layer in report.layers)
-    lines += ["", "## Limits", "", _GRAFT_LIMITS if grafted else _LIMITS]
+    # Of a base that turned out to know the secret, its making proves nothing.
+    ignorant = report.reached is True and {x.method for x in report.layers} == {"graft"}
+    lines += ["", "## Limits", "", _GRAFT_LIMITS if ignorant else _LIMITS]
     return "\n".join(lines) + "\n"
 
 
