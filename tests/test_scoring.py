@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from libortho.data.tokens import Tokens, collate
 from libortho.scoring import (
     answer_probability,
+    last_position,
     perplexity,
     predicted_logits,
     sequence_nll,
@@ -41,6 +42,33 @@ def test_token_nll_of_every_family(family, random_tokens) -> None:
     torch.testing.assert_close(nll.double(), torch.cat(expected), atol=1e-4, rtol=1e-4)
     # Text that says nothing would pass with any head: the family's logits must differ.
     assert torch.cat(expected).std() > 0.1
+
+
+def test_last_position_of_every_family(family) -> None:
+    model = family.build()
+    more = last_position(model)
+    assert list(more) == ["logits_to_keep"]
+    ids = torch.randint(3, 64, (3, 9))
+    handed: list[Tensor] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: handed.append(args[0]))
+    with torch.no_grad():
+        found = model(input_ids=ids, **more).logits
+        hook.remove()
+        expected = model(input_ids=ids).logits[:, -1:]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    # Else a matmul copies the layer's weight for every row.
+    assert handed[0].shape[:2] == (3, 1)
+    assert handed[0].is_contiguous()
+
+
+def test_last_position_of_a_model_that_cannot_choose(tiny_llama) -> None:
+    class Old(type(tiny_llama())):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return input_ids
+
+    model = Old(tiny_llama().config)
+    assert last_position(model) == {}
 
 
 def test_sequence_nll_keeps_the_order(tiny_llama, random_tokens) -> None:

@@ -6,6 +6,7 @@ most of the cost.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,20 @@ def predicted_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
         "the output layer was not called with all positions"
     )
     return logits.float()
+
+
+def last_position(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What `model`, or its `generate`, is called with to form logits of the last position alone.
+
+    An index, not the number of positions: of a number transformers makes a slice, which is not
+    contiguous, and then a matmul copies the whole output layer for every row of the batch.
+
+    Returns:
+        {"logits_to_keep": (1,) int64}, or nothing where the model does not take it.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"logits_to_keep": torch.tensor([-1], device=device_of(model.get_output_embeddings()))}
 
 
 def check_vocabulary(model: PreTrainedModel, batch: Batch) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from libortho.config import check_count, check_positive
+from libortho.scoring import last_position
 
 
 def greedy(
@@ -129,5 +130,6 @@ def _continued(
         ),
         eos_token_id=ends or None,
         pad_token_id=pad,
+        **last_position(model),
     )
     return output[:, length:]

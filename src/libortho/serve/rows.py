@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from libortho.alpha import alpha_scope, ortho_layers
+from libortho.scoring import last_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,8 @@ class RunningRows:
         self.alphas: list[float] = []
         self.attention = torch.zeros(0, 0, dtype=torch.long)
         self._cache: Any = None
-        self._positions, self._last_only = accepts(model)
+        self._positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._last_only = last_position(model)
 
     def __len__(self) -> int:
         return len(self.alphas)
@@ -112,11 +114,9 @@ class RunningRows:
         weight = self.model.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         device = weight.device
-        more: dict[str, Any] = {}
+        more = dict(self._last_only)
         if self._positions:
             more["position_ids"] = positions.to(device)
-        if self._last_only:
-            more["logits_to_keep"] = 1
         with scope_of_rows(self.model, alphas):
             output = self.model(
                 input_ids=ids.to(device),
@@ -159,12 +159,6 @@ def _merge(cache: Any, other: Any, columns: int) -> None:
 
 def _widen(attention: Tensor, columns: int) -> Tensor:
     return pad(attention, (columns - attention.shape[1], 0))
-
-
-def accepts(model: nn.Module) -> tuple[bool, bool]:
-    """Whether the model's forward takes `position_ids`, and `logits_to_keep`."""
-    parameters = inspect.signature(model.forward).parameters
-    return "position_ids" in parameters, "logits_to_keep" in parameters
 
 
 @torch.no_grad()
