@@ -12,6 +12,7 @@ from torch import Tensor
 
 from libortho import gram as module
 from libortho.gram import Gram
+from libortho.kernels import reference
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def test_equals_float64(width: int, lengths: list[int], chunk: int, seed: int) -
     parts = [p.bfloat16() if i % 2 else p for i, p in enumerate(parts)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
-        patch.setattr(module, "PANEL", 64)
+        patch.setattr(reference, "PANEL", 64)
         found = Gram(width, CPU)
         for part in parts:
             found.add(part)

@@ -10,17 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from libortho.linalg import matmul_precision
+from libortho.kernels.dispatch import add_gram_
+from libortho.kernels.reference import triangle_panels
 
 CHUNK = 2048
 """Rows that are added in one product: many more would take memory, fewer would take time."""
-
-PANELS = 4
-"""A moment is computed in at least so many panels: 5/8 of the operations of a whole product, in
-products that are still large."""
-
-PANEL = 1024
-"""Most rows of a panel: what a product holds beside the moment."""
 
 
 class Gram:
@@ -106,7 +100,7 @@ class Gram:
         self._fold()
         matrix = self._matrix
         assert matrix is not None
-        for low, high in _blocks(self.width):
+        for low, high in triangle_panels(self.width):
             matrix[low:high, low:high] = matrix[low:high, low:high].tril() + (
                 matrix[low:high, low:high].tril(-1).T
             )
@@ -126,19 +120,5 @@ class Gram:
         for dtype in sorted({rows.dtype for rows in self._rows}, key=str):
             held = torch.cat([rows for rows in self._rows if rows.dtype == dtype])
             for start in range(0, len(held), CHUNK):
-                _add_product(self._matrix, held[start : start + CHUNK])
+                add_gram_(self._matrix, held[start : start + CHUNK])
         self._rows = []
-
-
-def _blocks(width: int) -> list[tuple[int, int]]:
-    step = min(PANEL, max(128, -(-width // PANELS)))
-    return [(low, min(low + step, width)) for low in range(0, width, step)]
-
-
-def _add_product(matrix: Tensor, rows: Tensor) -> None:
-    """matrix += rows^T rows, in the lower triangle (and a little beyond)."""
-    # Transposed first: both factors are then read along their rows, which is a third faster.
-    wide = rows.T.contiguous().float()
-    with matmul_precision(rows):
-        for low, high in _blocks(len(matrix)):
-            matrix[low:high, :high].addmm_(wide[low:high], wide[:high].T)

@@ -142,3 +142,12 @@ def linear_int8_activations(
         native.add_ortho()(y, x.contiguous(), ortho, alpha)
         ortho = ()
     return reference.add_terms(y, x, bias, ortho, alpha)
+
+
+def add_gram_(matrix: Tensor, rows: Tensor) -> None:
+    """As `reference.add_gram_`: bf16 rows through matrix tiles, where there are any."""
+    tiles = rows.dtype == torch.bfloat16 and native.available() and native.has_tiles()
+    if tiles and matrix.is_contiguous():
+        native.add_gram()(matrix, rows.contiguous())
+    else:
+        reference.add_gram_(matrix, rows)

@@ -1,7 +1,7 @@
 """The one place that chooses a kernel, by device, dtype, rows and whether gradients are wanted.
 
-Every backend has the signature of `reference.linear` and is tested against it. Gradients come from
-the reference, whose backward holds no dequantised copy; what fast paths save, they save in
+Every backend has the signatures of `kernels.reference` and is tested against it. Gradients come
+from the reference, whose backward holds no dequantised copy; what fast paths save, they save in
 inference.
 """
 
@@ -41,6 +41,14 @@ def linear(
     if torch.compiler.is_compiling():
         return _opaque(x, qdata, scale, zero, bias, list(ortho), alpha)
     return _fastest(x, qdata, scale, zero, bias, ortho, alpha)
+
+
+def add_gram_(matrix: Tensor, rows: Tensor) -> None:
+    """`reference.add_gram_`, by the fastest kernel that there is for these arguments."""
+    if rows.device.type == "cpu":
+        cpu.add_gram_(matrix, rows)
+    else:
+        reference.add_gram_(matrix, rows)
 
 
 def _fastest(

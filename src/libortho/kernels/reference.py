@@ -28,12 +28,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from libortho.linalg import matmul_precision
+
 BLOCK_BYTES = 8 * 2**20
 """Upper bound, in bytes, of the dequantised block that a product holds at one time."""
 
 
 ZERO_STEPS = 16
 """Steps of an INT4 zero point to one code."""
+
+PANELS = 4
+"""A triangle is gone through in at least so many panels: 5/8 of the operations of a whole product,
+in products that are still large."""
+
+PANEL = 1024
+"""Most rows of a panel: what a product holds beside the triangle."""
 
 
 def row_blocks(
@@ -312,3 +321,23 @@ def linear_int8_activations(
     sums = codes.double() @ qdata.double().T
     y = (sums * steps * scale[:, 0]).to(x.dtype).reshape(*x.shape[:-1], -1)
     return add_terms(y, x, bias, ortho, alpha)
+
+
+def triangle_panels(width: int) -> list[tuple[int, int]]:
+    """Ranges of rows in which the lower triangle of a (width, width) matrix is gone through."""
+    step = min(PANEL, max(128, -(-width // PANELS)))
+    return [(low, min(low + step, width)) for low in range(0, width, step)]
+
+
+def add_gram_(matrix: Tensor, rows: Tensor) -> None:
+    """matrix += rows^T rows, in the lower triangle; above it the matrix means nothing.
+
+    Args:
+        matrix: (d, d) fp32.
+        rows: (n, d), any floating dtype.
+    """
+    # Transposed first: both factors are then read along their rows, which is a third faster.
+    wide = rows.T.contiguous().float()
+    with matmul_precision(rows):
+        for low, high in triangle_panels(len(matrix)):
+            matrix[low:high, :high].addmm_(wide[low:high], wide[:high].T)

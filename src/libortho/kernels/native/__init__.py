@@ -145,3 +145,9 @@ def split_linear() -> Callable[..., Tensor]:
 def add_ortho() -> Callable[..., None]:
     """`add_ortho_(y, x, ortho, alpha)`: y += alpha * ortho(x), in place."""
     return torch.ops.libortho_native.add_ortho_.default
+
+
+@functools.cache
+def add_gram() -> Callable[..., None]:
+    """`add_gram_(matrix, rows)`: see `kernels.reference.add_gram_`; bf16 and matrix tiles only."""
+    return torch.ops.libortho_native.add_gram_.default

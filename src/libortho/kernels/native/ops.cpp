@@ -1,4 +1,4 @@
-// Two operators of torch, in the signature of kernels/reference.py. Only torch's stable ABI is
+// Three operators of torch, in the signatures of kernels/reference.py. Only torch's stable ABI is
 // used: these headers compile in seconds and a library built once serves later releases of torch.
 //
 // Python (kernels/native/__init__.py) checks what it passes; what is checked here protects memory.
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "gram.h"
 #include "operands.h"
 #include "rows.h"
 #include "tiles.h"
@@ -291,6 +292,28 @@ void add_ortho_(Tensor y, Tensor x, std::vector<Tensor> ortho, Maybe alpha) {
   });
 }
 
+// Lower triangle only; what lies above the diagonal is left as it is, or is not, by squares.
+void add_gram_(Tensor matrix, Tensor rows) {
+  require(rows.dim() == 2 && rows.is_contiguous() && rows.scalar_type() == ScalarType::BFloat16,
+          "libortho: rows are not a contiguous matrix of bf16");
+  const int64_t count = rows.size(0), width = rows.size(1);
+  require(matrix.dim() == 2 && matrix.is_contiguous() && matrix.size(0) == width &&
+              matrix.size(1) == width && matrix.scalar_type() == ScalarType::Float,
+          "libortho: matrix is not (columns, columns), contiguous and fp32");
+  require(has_tiles(), "libortho: no matrix tiles");
+#ifdef LIBORTHO_TILES
+  const GramStrips strips(count, width);
+  parallel(strips.strips(), count * kUnit, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) strips.pack(data<BFloat16>(rows), strip);
+  });
+  float* to = static_cast<float*>(matrix.mutable_data_ptr());
+  parallel(up(strips.strips(), 2) / 2, count * kUnit * width, [&](int64_t begin, int64_t end) {
+    const TileSession session;
+    add_gram_rows(strips, begin, end, width, to);
+  });
+#endif
+}
+
 }  // namespace
 }  // namespace libortho
 
@@ -299,12 +322,14 @@ STABLE_TORCH_LIBRARY(libortho_native, library) {
       "split_linear(Tensor x, Tensor qdata, Tensor? scale, Tensor? zero, Tensor? bias, "
       "Tensor[] ortho, Tensor? alpha, int way) -> Tensor");
   library.def("add_ortho_(Tensor(a!) y, Tensor x, Tensor[] ortho, Tensor? alpha) -> ()");
+  library.def("add_gram_(Tensor(a!) matrix, Tensor rows) -> ()");
   library.def("has_tiles() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(libortho_native, CPU, library) {
   library.impl("split_linear", TORCH_BOX(&libortho::split_linear));
   library.impl("add_ortho_", TORCH_BOX(&libortho::add_ortho_));
+  library.impl("add_gram_", TORCH_BOX(&libortho::add_gram_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(libortho_native, CompositeExplicitAutograd, library) {
