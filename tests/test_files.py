@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import stat
@@ -128,6 +129,13 @@ def test_writing_a_file_removes_what_was_left_of_it(tmp_path: Path) -> None:
     left_by_another(tmp_path, unfinished(path), False)
     write_json(path, [])
     assert names(tmp_path) == {"x.json"}
+
+
+def test_json_has_null_where_it_lacks_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": [math.nan, 1.5], "b": (math.inf, -math.inf), "c": "NaN"})
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert found == {"a": [None, 1.5], "b": [None, None], "c": "NaN"}
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:

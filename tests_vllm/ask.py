@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 ENGINE = {
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 32,
+}
+
+LORA = {
     "enable_lora": True,
     "max_lora_rank": 64,
     # One more than there are adapters: see `test_why_there_must_be_a_spare_slot`.
     "max_loras": 3,
-    "enforce_eager": True,
-    "max_model_len": 256,
-    "max_num_seqs": 32,
 }
 
 
@@ -31,7 +34,7 @@ def main(folder: Path) -> list[dict[str, Any]]:
     from vllm.lora.request import LoRARequest
 
     asked = json.load(sys.stdin)
-    llm = LLM(str(folder / "base"), **ENGINE)
+    llm = LLM(str(folder / "base"), **ENGINE, **(LORA if asked["adapters"] else {}))
     adapters = {
         name: LoRARequest(name, number, str(folder / name))
         for number, name in enumerate(asked["adapters"], start=1)

@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,9 @@ import openai
 HERE = Path(__file__).parent
 START_SECONDS = 3600
 """A start takes 40 s on two free cores; one that has failed is noticed at once."""
+
+ANSWER_SECONDS = 1800
+"""For one request. All answers together take a minute; a machine may stand still for several."""
 
 SMALL = "--enforce-eager --max-model-len 256 --max-num-seqs 32"
 """vLLM's options on a small machine."""
@@ -135,18 +138,22 @@ class Front:
     Attributes:
         url: of its own, with policy.
         upstream: vLLM's.
-        audit: its log.
+        audit: of what was asked.
+        log: what it and vLLM have written.
         process: to end it.
     """
 
     url: str
     upstream: str
     audit: Path
+    log: Path
     process: subprocess.Popen[bytes]
 
     def client(self, key: str = "nobody") -> openai.OpenAI:
         """OpenAI's own client, with one of `KEYS`, or a key that nobody knows."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEYS.get(key, key), max_retries=0)
+        key = KEYS.get(key, key)
+        url = f"{self.url}/v1"
+        return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=ANSWER_SECONDS)
 
     def health(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"{self.url}/healthz", timeout=60) as answer:
@@ -187,6 +194,7 @@ def _fronted(
     command = [
         sys.executable, "-c", "from libortho.cli import app; app()",
         "serve", str(split), "--engine", "vllm", "--name", "split", *options,
+        "--timeout", str(ANSWER_SECONDS),
         "--policy", str(policy), "--audit", str(audit), "--port", str(port),
     ]  # fmt: skip
     with log.open("wb") as file:
@@ -199,7 +207,7 @@ def _fronted(
                 pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
             time.sleep(0.5)
         started = re.search(r"starting vLLM on (\S+):", log.read_text())
-        yield Front(url, started[1] if started else "", audit, process)
+        yield Front(url, started[1] if started else "", audit, log, process)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -222,6 +230,15 @@ def fronted(
         return _fronted(tmp_path_factory.mktemp("front"), exports.split, environment, *options)
 
     return run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, Any, Any]:
+    """A failure shows the end of the server's log, too."""
+    report: Any = yield
+    if report.failed and isinstance(front := item.funcargs.get("front"), Front):
+        report.sections.append(("the server's log", front.log.read_text()[-8000:]))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -59,10 +59,12 @@ def test_probabilities_are_those_of_libortho(exports, plain) -> None:
 
 
 def test_int8(exports, ask) -> None:
-    asked = every_question(exports, (0.0, 1.0))
+    # vLLM 0.32 puts adapters on INT8 weights only where it keeps them: docs/serving-vllm.md.
+    adapters = ["ortho"] if torch.cpu.get_capabilities().get("amx_tile") else []
+    asked = every_question(exports, (0.0, 1.0) if adapters else (0.0,))
     answers = ask(
         exports.compressed_tensors,
-        adapters=["ortho"],
+        adapters=adapters,
         generate=[(item.prompt_ids, ADAPTERS[alpha]) for item, alpha in asked],
     )
     check_recited([(*one, answer) for one, answer in zip(asked, answers, strict=True)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -16,7 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import platformdirs
 
@@ -138,19 +139,27 @@ def unfinished(path: Path) -> str:
 
 
 def write_json(path: Path, data: Any, *, indent: int = 1) -> None:
-    """Write JSON whole or not at all, making the folder; a file of that name is replaced."""
-    with _writing(path) as file:
-        json.dump(data, file, indent=indent, ensure_ascii=False, allow_nan=True)
-        file.write("\n")
+    """Write `json_text` whole or not at all, making the folder; a file of that name is replaced."""
+    write_text(path, json_text(data, indent=indent))
+
+
+def json_text(data: Any, *, indent: int = 1) -> str:
+    """JSON with a newline at its end; numbers that RFC 8259 lacks, NaN and Inf, become null."""
+    finite = _without_nonfinite(data)
+    return json.dumps(finite, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def write_text(path: Path, text: str) -> None:
     """Write text whole or not at all, making the folder; a file of that name is replaced."""
-    with _writing(path) as file:
-        file.write(text)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[IO[str]]:
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        yield file
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -5,14 +5,12 @@ Loading needs nothing of it but the layers' own reports, which `separation_repor
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
 
 from libortho.checkpoint.names import REPORT
 from libortho.checkpoint.schema import blame, decode, read_object
+from libortho.files import json_text
 from libortho.report import LayerReport, SeparationReport
 
 _DERIVED = "density"
@@ -21,7 +19,7 @@ _DERIVED = "density"
 
 def report_text(report: SeparationReport) -> str:
     """The text of `report.json`; numbers that JSON lacks (NaN, Inf) become null."""
-    return json.dumps(_without_nonfinite(report.to_dict()), indent=1, allow_nan=False) + "\n"
+    return json_text(report.to_dict())
 
 
 def read_reports(folder: Path, layers: Container[str]) -> dict[str, LayerReport]:
@@ -46,13 +44,3 @@ def read_reports(folder: Path, layers: Container[str]) -> dict[str, LayerReport]
                 raise ValueError(f"layers[{position}].name={report.name!r}: no such layer is split")
             found[report.name] = report
     return found
-
-
-def _without_nonfinite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nonfinite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

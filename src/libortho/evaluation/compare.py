@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from libortho.evaluation.entries import Entry
+from libortho.evaluation.entries import Entry, number
 from libortho.evaluation.metrics import forget_quality, privleak
 from libortho.evaluation.suite import Evaluation
 
@@ -36,12 +36,12 @@ def with_reference(evaluation: Evaluation, reference_logs: Mapping[str, Entry]) 
 
 def _compared(name: str, own: Entry, reference: Entry) -> Entry:
     if name == "privleak":
-        return {"agg_value": privleak(own["agg_value"], reference["agg_value"])}
+        return {"agg_value": privleak(number(own["agg_value"]), number(reference["agg_value"]))}
     ours, theirs = own["value_by_index"], reference["value_by_index"]
     if set(ours) != set(theirs):
         raise ValueError(
             f"{len(ours)} forget questions against the reference's {len(theirs)}, or others: "
             "expected the same"
         )
-    ratios = [[row["score"] for row in rows.values()] for rows in (ours, theirs)]
+    ratios = [[number(row["score"]) for row in rows.values()] for rows in (ours, theirs)]
     return {"agg_value": forget_quality(*ratios)}

@@ -6,6 +6,7 @@ the question's place in its set as a string. Membership attacks have such an ent
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,6 +37,11 @@ from libortho.files import write_json
 from libortho.scoring import TokenStatistics, perplexity
 
 Entry: TypeAlias = dict[str, Any]
+
+
+def number(value: float | None) -> float:
+    """A value of an entry; NaN where a file has null, which stands there for what is not finite."""
+    return math.nan if value is None else float(value)
 
 
 def write_openunlearning(logs: Mapping[str, Entry], folder: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from libortho.evaluation.entries import Entry
+from libortho.evaluation.entries import Entry, number
 
 MEASURES = {
     "forget_probability": "forget_Q_A_Prob",
@@ -91,7 +91,7 @@ def row_of(logs: Mapping[str, Entry]) -> dict[str, Any]:
         if metric in logs and logs[metric]["agg_value"] is not None
     }
     ratios = logs["forget_truth_ratio"]["value_by_index"]
-    row["truth_ratios"] = [float(entry["score"]) for entry in ratios.values()]
+    row["truth_ratios"] = [number(entry["score"]) for entry in ratios.values()]
     return row
 
 

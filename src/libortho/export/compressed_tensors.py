@@ -119,6 +119,8 @@ def _notes(activations: Activations, group: int | None) -> tuple[str, ...]:
         return (
             "W8A8: the engine rounds activations to INT8 too, which LibOrtho does not; measure "
             "that the base still has forgotten",
+            "on a CPU without matrix tiles (Intel AMX) vLLM 0.32 runs such a base, but cannot put "
+            "an adapter on it: export to peft there",
         )
     needs = "" if group is None else f" (groups of {group} columns: Marlin takes 32, 64 and 128)"
     return (f"W8A16: vLLM runs it on a GPU{needs}; on a CPU it has no such kernel, use int8",)

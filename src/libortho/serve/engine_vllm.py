@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
 """How often the upstream server is asked which adapters it has."""
 
+PATIENCE_SECONDS = 60.0
+"""How long it may take to say so, or to take a connection: one that is busy, or whose machine stood
+still, is not gone, and one that is gone refuses at once."""
+
 API_KEY_VARIABLE = "VLLM_API_KEY"
 """Environment variable with the upstream server's own key, if it wants one."""
 
@@ -110,7 +114,7 @@ class VllmEngine:
         self._client = httpx2.AsyncClient(
             base_url=self._upstream,
             headers={"authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(self._limits.request_seconds, connect=5.0),
+            timeout=httpx2.Timeout(self._limits.request_seconds, connect=PATIENCE_SECONDS),
             limits=httpx2.Limits(max_connections=self._limits.queue + self._limits.rows),
             transport=self._transport,
         )
@@ -221,7 +225,7 @@ class VllmEngine:
         """Which of the configured adapters are loaded, on the base that is served."""
         assert self._client is not None
         try:
-            response = await self._client.get("/v1/models", timeout=5.0)
+            response = await self._client.get("/v1/models", timeout=PATIENCE_SECONDS)
             response.raise_for_status()
             cards = {card["id"]: card for card in response.json()["data"]}
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
