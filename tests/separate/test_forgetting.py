@@ -52,6 +52,15 @@ def test_forgets_keeps_and_restores(
     assert report.target["reached_probability"] == pytest.approx(known(m.model, m.forget))
 
 
+@pytest.mark.parametrize("edit", ["descent", "projection"])
+def test_an_int4_base_has_forgotten_as_it_is_stored(memorised, edit: str, config, known) -> None:
+    """Coarse rounding takes something of an edit away again: the search sees it."""
+    m = memorised
+    base = BaseConfig("int4", group_size=64)
+    report = separate_(m.model, m.forget, m.retain, config(edit, base=base))
+    assert known(m.model, m.forget) <= report.target["probability"]
+
+
 @pytest.mark.parametrize("ratio", [0.03, 0.08])
 @pytest.mark.parametrize("edit", ["descent", "projection"])
 def test_keeps_the_budget(memorised, edit: str, ratio: float, config, split_names) -> None:

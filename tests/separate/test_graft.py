@@ -11,6 +11,7 @@ import torch
 
 from libortho import BaseConfig, GraftConfig, SeparationConfig, separate_
 from libortho.ignorant import exchange_, ignorant_model
+from libortho.separate import MOST_BELOW
 from libortho.training import MemoriseConfig, memorise_
 
 TARGETS = ("up_proj", "down_proj")
@@ -47,10 +48,11 @@ def test_the_base_is_the_ignorant_model_and_alpha_brings_the_memory_back(
     error = (logits(m.model, m.retain + m.forget, 0.0) - expected).norm() / expected.norm()
     assert error < 0.02
     assert known(m.model, m.forget) == pytest.approx(ignorant, abs=0.02)
-    assert known(m.model, m.forget, 1.0) == pytest.approx(forget, abs=0.04)
+    whole = known(m.model, m.forget, 1.0)
+    assert whole == pytest.approx(forget, abs=0.04)
     assert known(m.model, m.retain, 1.0) == pytest.approx(known(trained, m.retain), abs=0.03)
     assert report.reached
-    assert report.warnings == ()
+    assert any("NOT whole" in said for said in report.warnings) is (whole < forget - MOST_BELOW)
     assert 0 < report.density <= 0.3
     assert report.target["probability"] == pytest.approx(ignorant)
     assert report.target["original_probability"] == pytest.approx(forget)
@@ -76,7 +78,8 @@ def test_an_earlier_model_is_trained_on_the_retain_set_alone(memorised, known, s
     report = separate_(m.model, m.forget, m.retain, config("rehearse"), before=m.before)
     assert known(m.model, m.retain, 0.0) > retain - 0.1
     assert known(m.model, m.forget, 0.0) < 0.2
-    assert known(m.model, m.forget, 1.0) == pytest.approx(forget, abs=0.04)
+    whole = known(m.model, m.forget, 1.0)
+    assert whole == pytest.approx(forget, abs=0.04)
     assert report.seconds["base"] > 0
     after = snapshot(m.before)
     assert all(torch.equal(after["state"][k], v) for k, v in before["state"].items())
@@ -99,7 +102,8 @@ def test_the_memory_is_fitted_to_the_base_as_it_is_stored(
     base = BaseConfig(storage, group_size=32) if storage == "int4" else BaseConfig(storage)
     separate_(m.model, m.forget, m.retain, config(base=base), before=trained)
     assert known(m.model, m.forget, 0.0) < 0.2
-    assert known(m.model, m.forget, 1.0) == pytest.approx(forget, abs=0.04)
+    whole = known(m.model, m.forget, 1.0)
+    assert whole == pytest.approx(forget, abs=0.04)
 
 
 def test_same_seed_same_split(memorised, trained, logits) -> None:

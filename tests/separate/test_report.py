@@ -112,8 +112,9 @@ def test_int4_is_rounded_against_the_retain_data(memorised, monkeypatch, config,
     base = BaseConfig(storage="int4", group_size=32)
     separate_(m.model, m.forget, m.retain, config(base=base))
     layers = ortho_layers(m.model)
-    assert len(moments) == len(layers) == 4
-    for (name, layer), moment in zip(layers.items(), moments, strict=True):
+    # Rounded whenever the search looks, and so is the split in the end.
+    assert len(layers) == 4 < len(moments)
+    for (name, layer), moment in zip(layers.items(), moments[-4:], strict=True):
         # What the base holds is a function of W - ortho and the retain metric alone.
         kept = weights[f"{name}.weight"] - layer.ortho.dense()
         assert torch.equal(layer.base.qdata, quantize(kept, base, moment).qdata)

@@ -25,6 +25,7 @@ from libortho.solvers.metrics import each_layer, gather_moments, layer_memory, r
 from libortho.solvers.problem import Problem
 from libortho.solvers.search import search
 from libortho.solvers.spectrum import edit_spectrum
+from libortho.solvers.stored import as_stored
 from libortho.workers import Piece, layer_groups
 
 POOL_TOKENS = 8_000
@@ -51,17 +52,26 @@ def solve_geometric(problem: Problem, method: GeometricConfig) -> dict[str, Spli
         if method.edit == "descent":
             edits = _descend(problem, method, goal, metrics, budget)
         else:
-            edits = _project(problem, goal, metrics, budget)
+            edits = _project(problem, method, goal, metrics, budget)
     with journal.stage("spectrum"):
         journal.tell("spectrum", 0, 1)
         journal.spectrum = edit_spectrum(problem, edits, metrics)
         journal.tell("spectrum", 1, 1)
+    with journal.stage("quantise"):
+        return _quantise(problem, method, metrics, edits)
+
+
+def _quantise(
+    problem: Problem,
+    method: GeometricConfig,
+    metrics: Mapping[str, Metric],
+    edits: Mapping[str, LowRankEdit],
+) -> dict[str, Split]:
     pieces = {
         name: Piece(_quantised, (weight, edits[name], metrics[name], method), layer_memory(weight))
         for name, weight in problem.weights.items()
     }
-    with journal.stage("quantise"):
-        return each_layer(problem, "quantise", pieces)
+    return each_layer(problem, "quantise", pieces)
 
 
 def _quantised(weight: Tensor, edit: LowRankEdit, metric: Metric, method: GeometricConfig) -> Split:
@@ -103,8 +113,7 @@ def _descend(
         # unless there are so few sequences that an epoch may go all the way.
         probability, fit.probability = fit.probability, math.nan
         if few or not probability > NEAR * goal.level:
-            with with_edits(problem.layers, edits):
-                probability = answer_probability(sequence_nll(problem.model, problem.forget))
+            probability = _probability(problem, method, metrics, edits)
         return Feedback(loss=0.0, probability=probability, nll=math.nan, gradients={})
 
     return search(
@@ -121,7 +130,11 @@ def _descend(
 
 
 def _project(
-    problem: Problem, goal: Goal, metrics: dict[str, Metric], budget: int
+    problem: Problem,
+    method: GeometricConfig,
+    goal: Goal,
+    metrics: dict[str, Metric],
+    budget: int,
 ) -> dict[str, LowRankEdit]:
     found = Projection(problem.weights, metrics, _forget_moments(problem), budget)
     # The least damage that forgets enough: bisect the share of the budget that is spent.
@@ -129,8 +142,7 @@ def _project(
     for step in range(6):
         share = 1.0 if step == 0 else (low + high) / 2
         edits = found.edits(int(share * budget))
-        with with_edits(problem.layers, edits):
-            reached = answer_probability(sequence_nll(problem.model, problem.forget))
+        reached = _probability(problem, method, metrics, edits)
         stage = f"projection, p {reached:.3f} -> {goal.level:.3f}"
         problem.journal.tell(stage, step, 6)
         if reached <= goal.level:
@@ -141,6 +153,26 @@ def _project(
             low = share
     problem.journal.tell("projection", 6, 6)
     return best
+
+
+def _probability(
+    problem: Problem,
+    method: GeometricConfig,
+    metrics: Mapping[str, Metric],
+    edits: Mapping[str, LowRankEdit],
+) -> float:
+    """The forget set's probability with these edits, where the base is coarse as it is stored.
+
+    What rounding to INT4 takes away of an edit is remembered again; INT8 takes nothing to speak of.
+    """
+    if method.base.storage == "int4":
+        splits = _quantise(problem, method, metrics, edits)
+        bases = {name: split.base for name, split in splits.items()}
+        edited = as_stored(problem.weights, bases)
+    else:
+        edited = with_edits(problem.layers, edits)
+    with edited:
+        return answer_probability(sequence_nll(problem.model, problem.forget))
 
 
 def _forget_moments(problem: Problem) -> dict[str, Gram]:

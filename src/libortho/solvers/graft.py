@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor
 
 from libortho.base import quantize
 from libortho.base.streams import BaseStream
@@ -21,6 +17,7 @@ from libortho.solvers.fitting import Course, Fit, checked_budget, find_direction
 from libortho.solvers.metrics import retain_metrics
 from libortho.solvers.problem import Problem
 from libortho.solvers.spectrum import edit_spectrum
+from libortho.solvers.stored import as_stored
 
 POOL_TOKENS = 40_000
 """See `Fit`: more than for an edit of the original, which the base is not."""
@@ -52,7 +49,7 @@ def solve_graft(problem: Problem, method: GraftConfig) -> dict[str, Split]:
             moment = metrics[name].moment() if method.base.reads_moment else None
             bases[name] = quantize(weight, method.base, moment)
         journal.tell("quantise", len(bases), len(bases))
-    with _as_stored(problem.weights, bases):
+    with as_stored(problem.weights, bases):
         with journal.stage("solve"):
             descent, epochs = _grow(problem, method, metrics, budget, known)
         edits = descent.edits()
@@ -98,16 +95,3 @@ def _grow(
         fit.epoch(method.rate)
     tell("settle", method.settling, method.settling)
     return descent, grown + method.settling
-
-
-@contextmanager
-def _as_stored(weights: Mapping[str, Tensor], bases: Mapping[str, BaseStream]) -> Iterator[None]:
-    """Within the block the model's weights are what is stored of them."""
-    held = {name: weight.clone() for name, weight in weights.items()}
-    try:
-        for name, weight in weights.items():
-            weight.copy_(bases[name].dequantize())
-        yield
-    finally:
-        for name, weight in weights.items():
-            weight.copy_(held[name])
