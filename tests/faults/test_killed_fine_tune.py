@@ -1,4 +1,7 @@
-"""SIGKILL at random instants of `libortho tofu`: it goes on, and ends where it would have ended."""
+"""SIGKILL at random instants of a fine-tune, alone and within `libortho tofu`.
+
+It goes on, and ends where it would have ended.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import pytest
 
 from libortho import training
 from libortho.cli import app
+from libortho.evaluation.finetuned import fine_tuned
+from libortho.training import MemoriseConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="as the other tests of kills")
 
@@ -31,6 +36,42 @@ def rows_of(run: Path) -> dict[str, Any]:
         row: {key: value for key, value in values.items() if key not in TIMES}
         for row, values in rows.items()
     }
+
+
+def test_fine_tune(
+    tiny_llama, random_tokens, killer, times: Callable[[str, int], int], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)  # a state after every epoch
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    tiny_llama().save_pretrained(model)
+    monkeypatch.setenv("LIBORTHO_CACHE", str(cache))
+    items = random_tokens([12] * 24)
+    recipe = MemoriseConfig(target=1.0, max_epochs=40, batch_size=4)
+
+    def work() -> None:
+        fine_tuned(str(model), items, recipe, "full", lambda *_: None)
+
+    def made() -> dict[str, bytes]:
+        # how long it took is told only of one that nobody interrupted
+        return {n: b for n, b in files_in(cache).items() if not n.endswith("memorised.json")}
+
+    seconds = killer.seconds(work)
+    whole = made()
+    assert any(name.endswith("model.safetensors") for name in whole)
+    shutil.rmtree(cache)
+    within = 0
+    while killer.kills < times("KILLS", 8):
+        # So short that several kills make one run.
+        if killer.kill(work, 0.6 * seconds):
+            within += bool(list(cache.rglob("*.state")))
+            if list(cache.rglob("memorised.json")):
+                assert made() == whole | {n: b for n, b in made().items() if ".state" in n}
+        else:
+            assert made() == whole
+            shutil.rmtree(cache)
+    killer.seconds(work)
+    assert made() == whole
+    print(f"\nfine-tune: {killer.kills} kills, {within} left a state behind, {killer.ends} ends")
 
 
 def test_tofu(
