@@ -73,7 +73,7 @@ def test_both_native_paths_at_any_number_of_rows(rows: int, tiles: bool) -> None
     if not native.available():
         pytest.skip("the C++ operators are not built: python -m libortho.kernels.native")
     if tiles and not native.has_tiles():
-        pytest.skip("this processor has no matrix tiles")
+        pytest.skip("this processor has no tiles")
     x = torch.randn(rows, 192).bfloat16()
     for base in cases.BASES:
         for ortho in ("none", "low_rank", "sparse"):
@@ -105,7 +105,7 @@ def test_sparse_entries_of_every_output_and_block(
 ) -> None:
     """The ortho stream alone: beside a base of zeros nothing hides its error."""
     if not (native.available() and native.has_tiles()):
-        pytest.skip("no C++ operators, or no matrix tiles")
+        pytest.skip("no C++ operators, or no tiles")
     x = torch.randn(rows, in_features).bfloat16()
     for kind in ("sparse", "sparse fp32", "all zero"):
         made = cases.make("int8", kind, alpha, rows, in_features, out_features, bias=False)

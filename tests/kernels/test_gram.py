@@ -1,4 +1,4 @@
-"""Sums of x x^T through matrix tiles against float64, and the choice of who computes them."""
+"""Sums of x x^T through tiles against float64, and the choice of who computes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from libortho.kernels import cpu, dispatch, native, reference
 @pytest.fixture
 def tiles() -> None:
     if not (native.available() and native.has_tiles()):
-        pytest.skip("needs the C++ operators and a processor with matrix tiles")
+        pytest.skip("needs the C++ operators and a processor with tiles")
 
 
 def assert_lower(found: Tensor, before: Tensor, rows: Tensor) -> None:

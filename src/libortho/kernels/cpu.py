@@ -2,9 +2,10 @@
 
 With the C++ operators (`kernels.native`), one call does both streams, alpha and the bias:
 
-    up to 3 rows, or 16 where x is not bf16 or there are no matrix tiles: one pass over the stored
-        weight, which memory bandwidth bounds;
-    more, bf16 with tiles (AMX): blocks of the weight widened in the cache and multiplied there;
+    up to 3 rows, or 16 where x is not bf16 or there is no AMX: one pass over the stored weight, which
+        memory bandwidth bounds;
+    more, bf16 with tiles (AMX, or AVX-512's products of bf16): blocks of the weight widened in the
+        cache and multiplied there;
     else: the reference's product in blocks for the base, and the operator for the ortho stream.
 
 Without them PyTorch's kernels serve: `_weight_int8pack_mm` for few rows of bf16 on INT8 with one
@@ -24,9 +25,9 @@ from libortho.kernels import native, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS_BEFORE_TILES = 3
-"""Up to here one pass over the weight, row by row, is faster than tiles of sixteen rows."""
+"""Up to here one pass over the weight, row by row, is faster than AMX's tiles of sixteen rows."""
 ROWS_AT_ONCE = 16
-"""Up to here it is faster than dequantising the weight first, where there are no tiles."""
+"""Up to here it is faster than tiles of vectors, and than dequantising the weight first."""
 ROWS_INT8PACK = 8
 """Up to here `_weight_int8pack_mm` is faster than dequantising and multiplying in bf16."""
 
@@ -54,7 +55,7 @@ def linear(
     if bias is not None:
         bias = bias.to(x.dtype)
     way = native.ROWS
-    if rows > ROWS_BEFORE_TILES:
+    if rows > (ROWS_BEFORE_TILES if native.has_matrix_tiles() else ROWS_AT_ONCE):
         if x.dtype == torch.bfloat16 and native.has_tiles() and _whole_tiles(x.shape[-1], scale):
             way = native.TILES
         elif rows > ROWS_AT_ONCE:
@@ -145,7 +146,7 @@ def linear_int8_activations(
 
 
 def add_gram_(matrix: Tensor, rows: Tensor) -> None:
-    """As `reference.add_gram_`: bf16 rows through matrix tiles, where there are any."""
+    """As `reference.add_gram_`: bf16 rows through tiles, where there are any."""
     tiles = rows.dtype == torch.bfloat16 and native.available() and native.has_tiles()
     if tiles and matrix.is_contiguous():
         native.add_gram()(matrix, rows.contiguous())

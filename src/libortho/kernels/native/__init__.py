@@ -131,8 +131,14 @@ def available() -> bool:
 
 @functools.cache
 def has_tiles() -> bool:
-    """True where bf16 goes through matrix tiles (AMX); `available()` must be True."""
+    """True where there are instructions that multiply bf16; `available()` must be True."""
     return bool(torch.ops.libortho_native.has_tiles())
+
+
+@functools.cache
+def has_matrix_tiles() -> bool:
+    """True where these are AMX's, of whole tiles, and not AVX-512's, of vectors."""
+    return bool(torch.ops.libortho_native.has_matrix_tiles())
 
 
 @functools.cache
@@ -149,5 +155,5 @@ def add_ortho() -> Callable[..., None]:
 
 @functools.cache
 def add_gram() -> Callable[..., None]:
-    """`add_gram_(matrix, rows)`: see `kernels.reference.add_gram_`; bf16 and matrix tiles only."""
+    """`add_gram_(matrix, rows)`: see `kernels.reference.add_gram_`; bf16 and tiles only."""
     return torch.ops.libortho_native.add_gram_.default

@@ -21,6 +21,9 @@ struct FloatBlocks {
 };
 
 constexpr int64_t kTileBytes = 64;  // of a tile's row
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTile = kTileRows * kTileBytes;
+constexpr int64_t kTileColumns = kTileBytes / 2;  // of bf16
 
 // x packed in the order that tile products read: block b of sixteen rows is (words, 16 rows), a word
 // being four neighbouring bytes of a row: two columns of bf16, or four of INT8. Zeros follow the

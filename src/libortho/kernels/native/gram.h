@@ -1,5 +1,4 @@
-// M += R^T R for rows R in bf16, where there are matrix tiles: the second moments that a split is
-// found in. Every product is exact, and sums are in fp32.
+// M += R^T R for rows R in bf16, by tiles: the second moments that a split is found in. Every product is exact, and sums are in fp32.
 #pragma once
 
 #include "tiles.h"
@@ -68,16 +67,22 @@ class GramStrips {
 // The square of M at two strips += the product of `tiles` tiles, within a TileSession.
 inline void add_square(const GramStrips& x, int64_t row_strip, int64_t column_strip, int64_t tile,
                        int64_t tiles, int64_t width, float* matrix) {
-  const int64_t row = row_strip * kUnit, column = column_strip * kUnit;
-  const uint8_t *left = x.left(row_strip, tile), *right = x.right(column_strip, 0, tile);
-  const uint8_t* second = x.right(column_strip, 1, tile);
+  const int64_t row = row_strip * kUnit, column = column_strip * kUnit, last = tile + tiles;
   float* to = matrix + row * width + column;
-  if (std::max(row, column) + kUnit <= width) {
-    multiply<false, true>(left, right, second, tiles, false, width, to);
+  const bool whole = std::max(row, column) + kUnit <= width;
+  const auto add = [&](int64_t count, bool first, int64_t stride, float* sums) {
+    multiply<false, true>(x.left(row_strip, tile), x.right(column_strip, 0, tile),
+                          x.right(column_strip, 1, tile), count, first, stride, sums);
+    tile += count;
+  };
+  if (whole && tiles <= kSumTiles) {
+    add(tiles, false, width, to);
     return;
   }
   alignas(64) float square[kUnit * kUnit];
-  multiply<false, true>(left, right, second, tiles, true, kUnit, square);
+  for (bool first = true; tile < last; first = false) {
+    add(std::min(kSumTiles, last - tile), first, kUnit, square);
+  }
   for (int64_t i = 0; i < std::min(kUnit, width - row); ++i) {
     for (int64_t j = 0; j < std::min(kUnit, width - column); ++j) {
       to[i * width + j] += square[i * kUnit + j];

@@ -218,6 +218,14 @@ bool has_tiles() {
 #endif
 }
 
+bool has_matrix_tiles() {
+#ifdef LIBORTHO_AMX
+  return has_tiles();
+#else
+  return false;
+#endif
+}
+
 Tensor split_linear(Tensor x, Tensor qdata, Maybe scale, Maybe zero, Maybe bias,
                     std::vector<Tensor> ortho, Maybe alpha, int64_t way) {
   const Weight w = weight_of(qdata, scale, zero);
@@ -300,7 +308,7 @@ void add_gram_(Tensor matrix, Tensor rows) {
   require(matrix.dim() == 2 && matrix.is_contiguous() && matrix.size(0) == width &&
               matrix.size(1) == width && matrix.scalar_type() == ScalarType::Float,
           "libortho: matrix is not (columns, columns), contiguous and fp32");
-  require(has_tiles(), "libortho: no matrix tiles");
+  require(has_tiles(), "libortho: no tiles");
 #ifdef LIBORTHO_TILES
   const GramStrips strips(count, width);
   parallel(strips.strips(), count * kUnit, [&](int64_t begin, int64_t end) {
@@ -324,6 +332,7 @@ STABLE_TORCH_LIBRARY(libortho_native, library) {
   library.def("add_ortho_(Tensor(a!) y, Tensor x, Tensor[] ortho, Tensor? alpha) -> ()");
   library.def("add_gram_(Tensor(a!) matrix, Tensor rows) -> ()");
   library.def("has_tiles() -> bool");
+  library.def("has_matrix_tiles() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(libortho_native, CPU, library) {
@@ -334,4 +343,5 @@ STABLE_TORCH_LIBRARY_IMPL(libortho_native, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(libortho_native, CompositeExplicitAutograd, library) {
   library.impl("has_tiles", TORCH_BOX(&libortho::has_tiles));
+  library.impl("has_matrix_tiles", TORCH_BOX(&libortho::has_matrix_tiles));
 }

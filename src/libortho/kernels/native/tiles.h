@@ -1,57 +1,33 @@
-// Many rows of bf16 x on a processor with matrix tiles (AMX): the stored weight is widened to bf16
-// a panel at a time, into a scratch that stays in the cache, and multiplied from there. With x
-// rounded to INT8, an INT8 weight needs no widening, and tiles hold twice as many columns.
+// Many rows of bf16 x on a processor that multiplies bf16, by matrix tiles (AMX) or by vectors: the
+// stored weight is widened to bf16 a panel at a time, into a scratch that stays in the cache, and
+// multiplied from there. With x rounded to INT8, an INT8 weight needs no widening, and tiles hold
+// twice as many columns.
 //
 // y^T = W x^T: tiles of W are its own rows, so that widening is all the packing it needs.
 #pragma once
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && \
-    defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__linux__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+    defined(__AVX512VNNI__)
 #define LIBORTHO_TILES 1
-
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "terms.h"
 
+// Both have `tiles_permitted`, `kSumTiles`, `TileSession`, `multiply` and `multiply_band`.
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+#define LIBORTHO_AMX 1
+#include "tiles_amx.h"
+#else
+#include "tiles_avx512.h"
+#endif
+
 namespace libortho {
 
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kTile = kTileRows * kTileBytes;
-constexpr int64_t kTileColumns = kTileBytes / 2;  // of bf16
 constexpr int64_t kUnit = 2 * kTileRows;             // outputs that one thread takes at a time
 constexpr int64_t kPanelBytes = 1024;  // of a row
 constexpr int64_t kPanelColumns = kPanelBytes / 2;
 constexpr int64_t kPanelUnits = 4;
 constexpr int64_t kCachedBytes = 1 << 20;  // of x that the second cache holds beside a panel
 constexpr int64_t kPanelRows = 256;  // of x, so that sums and x's part of a panel stay in the cache
-
-// The kernel lets a process use tile registers only after it has asked.
-inline bool tiles_permitted() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return permitted;
-}
-
-class TileSession {
- public:
-  // `first_rows` of tiles 0 to 5, which are of 16 otherwise.
-  explicit TileSession(int64_t first_rows = kTileRows) {
-    struct alignas(64) Config {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t column_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int tile = 0; tile < 8; ++tile) {
-      config.column_bytes[tile] = 64;
-      config.rows[tile] = tile < 6 ? first_rows : kTileRows;
-    }
-    _tile_loadconfig(&config);
-  }
-  ~TileSession() { _tile_release(); }
-  TileSession(const TileSession&) = delete;
-  TileSession& operator=(const TileSession&) = delete;
-};
 
 inline void store_pairs(uint16_t* to, __m512 low, __m512 high) {
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
@@ -188,55 +164,6 @@ inline float round_row(const BFloat16* x, int64_t in, int8_t* codes) {
   return step;
 }
 
-// sums (32 outputs, padded rows) += panel x^T for one or two blocks of sixteen rows.
-template <bool kInt8, bool kTwo>
-inline void multiply(const uint8_t* panel, const uint8_t* x0, const uint8_t* x1, int64_t tiles,
-                     bool first, int64_t stride, float* sums) {
-  float* below = sums + kTileRows * stride;
-  if (first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if (kTwo) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-  } else {
-    _tile_loadd(0, sums, stride * 4);
-    _tile_loadd(1, below, stride * 4);
-    if (kTwo) {
-      _tile_loadd(2, sums + kLanes, stride * 4);
-      _tile_loadd(3, below + kLanes, stride * 4);
-    }
-  }
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    _tile_loadd(4, panel + 2 * tile * kTile, 64);
-    _tile_loadd(5, panel + (2 * tile + 1) * kTile, 64);
-    _tile_loadd(6, x0 + tile * kTile, 64);
-    if (kTwo) _tile_loadd(7, x1 + tile * kTile, 64);
-    if constexpr (kInt8) {
-      _tile_dpbssd(0, 4, 6);
-      _tile_dpbssd(1, 5, 6);
-      if (kTwo) {
-        _tile_dpbssd(2, 4, 7);
-        _tile_dpbssd(3, 5, 7);
-      }
-    } else {
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 5, 6);
-      if (kTwo) {
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-  }
-  _tile_stored(0, sums, stride * 4);
-  _tile_stored(1, below, stride * 4);
-  if (kTwo) {
-    _tile_stored(2, sums + kLanes, stride * 4);
-    _tile_stored(3, below + kLanes, stride * 4);
-  }
-}
-
 // The right factor for tiles: each of its numbers as the sum of two of bf16, in two rows, which is
 // exact for fp16 and bf16. Bands of at most 16 rows; a band is (tiles, height, 32).
 class RightTiles {
@@ -265,49 +192,16 @@ class RightTiles {
 
   int64_t height() const { return height_; }
 
-  // alpha * right x^T of one block: (rank, 16), within a TileSession of `height()`. Four sums at
-  // once: one waits for its own last product.
+  // alpha * right x^T of one block: (rank, 16), within a TileSession of `height()`.
   void inner(const uint8_t* x, F alpha, float* to) const {
-    alignas(64) float sums[4][kTileRows * kLanes];
+    alignas(64) float sums[kTileRows * kLanes];
     const int64_t size = height_ * kTileColumns;
     for (int64_t band = 0; band < bands_; ++band) {
-      const uint16_t* from = data_.get() + band * tiles_ * size;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      int64_t t = 0;
-      for (; t + 4 <= tiles_; t += 4) {
-        _tile_loadd(4, from + t * size, kTileBytes);
-        _tile_loadd(6, x + t * kTile, kTileBytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, from + (t + 1) * size, kTileBytes);
-        _tile_loadd(7, x + (t + 1) * kTile, kTileBytes);
-        _tile_dpbf16ps(1, 5, 7);
-        _tile_loadd(4, from + (t + 2) * size, kTileBytes);
-        _tile_loadd(6, x + (t + 2) * kTile, kTileBytes);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_loadd(5, from + (t + 3) * size, kTileBytes);
-        _tile_loadd(7, x + (t + 3) * kTile, kTileBytes);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      for (; t < tiles_; ++t) {
-        _tile_loadd(4, from + t * size, kTileBytes);
-        _tile_loadd(6, x + t * kTile, kTileBytes);
-        _tile_dpbf16ps(0, 4, 6);
-      }
-      _tile_stored(0, sums[0], kTileBytes);
-      _tile_stored(1, sums[1], kTileBytes);
-      _tile_stored(2, sums[2], kTileBytes);
-      _tile_stored(3, sums[3], kTileBytes);
+      multiply_band(data_.get() + band * tiles_ * size, height_, tiles_, x, sums);
       const int64_t first = band * height_ / 2;
       for (int64_t r = first; r < std::min(rank_, first + height_ / 2); ++r) {
-        F total = {};
-        for (int part = 0; part < 4; ++part) {
-          total += load<F>(sums[part] + 2 * (r - first) * kLanes) +
-                   load<F>(sums[part] + (2 * (r - first) + 1) * kLanes);
-        }
-        total *= alpha;
+        const float* both = sums + 2 * (r - first) * kLanes;
+        const F total = (load<F>(both) + load<F>(both + kLanes)) * alpha;
         std::memcpy(to + r * kLanes, &total, sizeof total);
       }
     }
