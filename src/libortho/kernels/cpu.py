@@ -2,8 +2,8 @@
 
 With the C++ operators (`kernels.native`), one call does both streams, alpha and the bias:
 
-    up to 3 rows, or 16 where x is not bf16 or there is no AMX: one pass over the stored weight, which
-        memory bandwidth bounds;
+    up to 3 rows, or 16 where x is not bf16 or there is no AMX: one pass over the stored weight,
+        which memory bandwidth bounds;
     more, bf16 with tiles (AMX, or AVX-512's products of bf16): blocks of the weight widened in the
         cache and multiplied there;
     else: the reference's product in blocks for the base, and the operator for the ortho stream.
