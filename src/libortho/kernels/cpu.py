@@ -2,8 +2,8 @@
 
 With the C++ operators (`kernels.native`), one call does both streams, alpha and the bias:
 
-    up to 3 rows, or 16 where x is not bf16 or there is no AMX: one pass over the stored weight,
-        which memory bandwidth bounds;
+    up to 3 rows, 12 without AMX, 16 where x is not bf16: one pass over the stored weight, which
+        memory bandwidth bounds;
     more, bf16 with tiles (AMX, or AVX-512's products of bf16): blocks of the weight widened in the
         cache and multiplied there;
     else: the reference's product in blocks for the base, and the operator for the ortho stream.
@@ -26,8 +26,10 @@ from libortho.kernels import native, reference
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS_BEFORE_TILES = 3
 """Up to here one pass over the weight, row by row, is faster than AMX's tiles of sixteen rows."""
+ROWS_BEFORE_VECTORS = 12
+"""Up to here it is faster than the same tiles multiplied by vectors."""
 ROWS_AT_ONCE = 16
-"""Up to here it is faster than tiles of vectors, and than dequantising the weight first."""
+"""Up to here it is faster than dequantising the weight first."""
 ROWS_INT8PACK = 8
 """Up to here `_weight_int8pack_mm` is faster than dequantising and multiplying in bf16."""
 
@@ -54,15 +56,18 @@ def linear(
     x = x.contiguous()
     if bias is not None:
         bias = bias.to(x.dtype)
-    way = native.ROWS
-    if rows > (ROWS_BEFORE_TILES if native.has_matrix_tiles() else ROWS_AT_ONCE):
-        if x.dtype == torch.bfloat16 and native.has_tiles() and _whole_tiles(x.shape[-1], scale):
-            way = native.TILES
-        elif rows > ROWS_AT_ONCE:
-            y = reference.dense_linear(x, qdata, scale, zero)
-            if ortho:
-                native.add_ortho()(y, x, ortho, alpha)
-            return y if bias is None else y + bias
+    if rows <= ROWS_BEFORE_TILES:
+        way = native.ROWS
+    elif x.dtype == torch.bfloat16 and native.has_tiles() and _whole_tiles(x.shape[-1], scale):
+        vectors = not native.has_matrix_tiles()
+        way = native.ROWS if vectors and rows <= ROWS_BEFORE_VECTORS else native.TILES
+    elif rows <= ROWS_AT_ONCE:
+        way = native.ROWS
+    else:
+        y = reference.dense_linear(x, qdata, scale, zero)
+        if ortho:
+            native.add_ortho()(y, x, ortho, alpha)
+        return y if bias is None else y + bias
     return native.split_linear()(x, qdata, scale, zero, bias, ortho, alpha, way)
 
 

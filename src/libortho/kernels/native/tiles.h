@@ -12,7 +12,8 @@
 
 #include "terms.h"
 
-// Both have `tiles_permitted`, `kSumTiles`, `TileSession`, `multiply` and `multiply_band`.
+// Both have `tiles_permitted`, `kSumTiles`, `kRaised`, `lower_sums`, `TileSession`, `multiply` and
+// `multiply_band`.
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define LIBORTHO_AMX 1
 #include "tiles_amx.h"
@@ -134,7 +135,7 @@ inline void copy_tiles(const Weight& w, int64_t n0, int64_t k0, int64_t k1, int6
   }
 }
 
-// A row of x as INT8 codes, and the step between them. A row with infinity or NaN has step NaN, so
+// A row of x as INT8 codes, raised by kRaised, and the step between them. A row with infinity or NaN has step NaN, so
 // that what is multiplied by it is NaN too. (|x| is compared by its bits, whose order is that of the
 // numbers with NaN at the top; compilers may take arithmetic on NaN for nothing.)
 inline float round_row(const BFloat16* x, int64_t in, int8_t* codes) {
@@ -156,10 +157,11 @@ inline float round_row(const BFloat16* x, int64_t in, int8_t* codes) {
   const float inverse = 1 / step;
   for (k = 0; k + kLanes <= in; k += kLanes) {
     const __m512i whole = _mm512_cvtps_epi32((__m512)(widen(x + k) * inverse));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtepi32_epi8(whole));
+    const __m128i bytes = _mm_xor_si128(_mm512_cvtepi32_epi8(whole), _mm_set1_epi8(kRaised));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), bytes);
   }
   for (; k < in; ++k) {
-    codes[k] = static_cast<int8_t>(_mm_cvtss_si32(_mm_set_ss(number(x[k]) * inverse)));
+    codes[k] = static_cast<int8_t>(_mm_cvtss_si32(_mm_set_ss(number(x[k]) * inverse)) ^ kRaised);
   }
   return step;
 }
@@ -278,13 +280,18 @@ void tile_units(const Weight& w, const Ortho<V>& ortho, const Panel& x, const fl
           return x.base.data + (block * x.base.padded + b0) * kLanes;
         };
         float* to = sums.get() + u * kUnit * stride;
+        bool first = b0 == 0;
+        if constexpr (kInt8 && kRaised != 0) {
+          lower_sums(some, tiles, first, stride, to);
+          first = false;
+        }
         int64_t block = 0;
         for (; block + 2 <= blocks; block += 2) {
-          multiply<kInt8, true>(some, rows_of(block), rows_of(block + 1), tiles, b0 == 0, stride,
+          multiply<kInt8, true>(some, rows_of(block), rows_of(block + 1), tiles, first, stride,
                                 to + block * kLanes);
         }
         if (block < blocks) {
-          multiply<kInt8, false>(some, rows_of(block), nullptr, tiles, b0 == 0, stride,
+          multiply<kInt8, false>(some, rows_of(block), nullptr, tiles, first, stride,
                                  to + block * kLanes);
         }
       }

@@ -12,80 +12,92 @@ inline bool tiles_permitted() { return true; }
 
 constexpr int64_t kSumTiles = 4;  // that are summed up one after the other where sums must be exact
 
+// AVX-512 multiplies unsigned bytes by signed ones: INT8 of x comes raised by 128 (its highest bit is
+// the other one), and what that adds to a sum is taken off again.
+constexpr int8_t kRaised = -128;
+
 // Nothing to set up.
 class TileSession {
  public:
   explicit TileSession(int64_t = kTileRows) {}
 };
 
-// H outputs, whose rows of a tile lie one after the other, by B blocks of x.
-template <bool kInt8, int H, int B>
-struct Sums {
-  std::conditional_t<kInt8, __m512i, __m512> at[H][B] = {};
+// Each lane's sum += the products of its word of x, and of one of a weight's row. Spelled out: GCC 12
+// copies and stores the sums around its own form of it.
+inline void add_products(__m512& sum, __m512i x, __m512i weight) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weight));
+}
+inline void add_products(__m512i& sum, __m512i x, __m512i weight) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weight));
+}
 
-  void add(const uint8_t* outputs, int64_t step, const uint8_t* const (&x)[B], int64_t tiles) {
-    // AVX-512 multiplies unsigned bytes by signed ones: x is raised by 128, and what that adds is
-    // taken off again.
-    const __m512i raised = _mm512_set1_epi8(-128);
-    __m512i excess[H];
-    if constexpr (kInt8) {
-      for (int h = 0; h < H; ++h) excess[h] = _mm512_setzero_si512();
-    }
-    for (int64_t tile = 0; tile < tiles; ++tile, outputs += step) {
-      if constexpr (kInt8) {
-        for (int h = 0; h < H; ++h) {
-          const __m512i row = _mm512_loadu_si512(outputs + h * kTileBytes);
-          excess[h] = _mm512_dpbusd_epi32(excess[h], raised, row);
-        }
-      }
-      for (int64_t word = 0; word < kTileBytes; word += 4) {
-        __m512i columns[B];
-        for (int b = 0; b < B; ++b) {
-          columns[b] = _mm512_loadu_si512(x[b] + tile * kTile + word * kLanes);
-          if constexpr (kInt8) columns[b] = _mm512_xor_si512(columns[b], raised);
-        }
-        for (int h = 0; h < H; ++h) {
-          const __m512i own = _mm512_set1_epi32(load<int32_t>(outputs + h * kTileBytes + word));
-          for (int b = 0; b < B; ++b) {
-            if constexpr (kInt8) {
-              at[h][b] = _mm512_dpbusd_epi32(at[h][b], columns[b], own);
-            } else {
-              at[h][b] = _mm512_dpbf16_ps(at[h][b], (__m512bh)own, (__m512bh)columns[b]);
-            }
-          }
-        }
-      }
-    }
-    if constexpr (kInt8) {
+// The sums of H outputs, whose rows of a tile lie one after the other, by B blocks of x: (H, B, 16). Not
+// inlined, so that they stay in registers.
+template <bool kInt8, int H, int B>
+__attribute__((noinline)) void multiply_rows(const uint8_t* outputs, int64_t step,
+                                             const uint8_t* x0, const uint8_t* x1, int64_t tiles,
+                                             float* to) {
+  std::conditional_t<kInt8, __m512i, __m512> first[H] = {}, second[H] = {};
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const uint8_t* own = outputs + tile * step;
+    for (int64_t word = 0; word < kTileBytes; word += 4) {
+      const int64_t at = tile * kTile + word * kLanes;
+      const __m512i left = _mm512_loadu_si512(x0 + at);
+      const __m512i right = B == 2 ? _mm512_loadu_si512(x1 + at) : left;
+#pragma GCC unroll 16
       for (int h = 0; h < H; ++h) {
-        const __m512i all = _mm512_set1_epi32(_mm512_reduce_add_epi32(excess[h]));
-        for (int b = 0; b < B; ++b) at[h][b] = _mm512_sub_epi32(at[h][b], all);
+        const __m512i weight = _mm512_set1_epi32(load<int32_t>(own + h * kTileBytes + word));
+        add_products(first[h], left, weight);
+        if constexpr (B == 2) add_products(second[h], right, weight);
       }
     }
   }
-};
+#pragma GCC unroll 16
+  for (int h = 0; h < H; ++h) {
+    _mm512_storeu_si512(to + h * B * kLanes, (__m512i)first[h]);
+    if constexpr (B == 2) {
+      _mm512_storeu_si512(to + (2 * h + 1) * kLanes, (__m512i)second[h]);
+    }
+  }
+}
+
+// Sums of 32 outputs that are to become a panel's, less what kRaised will add to them.
+inline void lower_sums(const uint8_t* panel, int64_t tiles, bool first, int64_t stride,
+                       float* sums) {
+  for (int64_t n = 0; n < 2 * kTileRows; ++n) {
+    const uint8_t* own = panel + n / kTileRows * kTile + n % kTileRows * kTileBytes;
+    __m512i excess = _mm512_setzero_si512();
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const __m512i row = _mm512_loadu_si512(own + 2 * tile * kTile);
+      add_products(excess, _mm512_set1_epi8(kRaised), row);
+    }
+    const int32_t all = _mm512_reduce_add_epi32(excess);
+    for (int64_t i = 0; i < stride; i += kLanes) {
+      const I value = (first ? I{} : load<I>(sums + n * stride + i)) - all;
+      std::memcpy(sums + n * stride + i, &value, sizeof value);
+    }
+  }
+}
 
 // sums (32 outputs, padded rows) += panel x^T for one or two blocks of sixteen rows.
 template <bool kInt8, bool kTwo>
 inline void multiply(const uint8_t* panel, const uint8_t* x0, const uint8_t* x1, int64_t tiles,
                      bool first, int64_t stride, float* sums) {
   constexpr int kOutputs = kTwo ? 8 : 16, kBlocks = kTwo ? 2 : 1;
-  const uint8_t* x[kBlocks] = {x0};
-  if constexpr (kTwo) x[1] = x1;
+  alignas(64) float some[kOutputs * kBlocks * kLanes];
   for (int64_t n = 0; n < 2 * kTileRows; n += kOutputs) {
     const uint8_t* outputs = panel + n / kTileRows * kTile + n % kTileRows * kTileBytes;
-    float* to = sums + n * stride;
-    Sums<kInt8, kOutputs, kBlocks> some;
-    some.add(outputs, 2 * kTile, x, tiles);
-    for (int h = 0; h < kOutputs; ++h) {
-      for (int b = 0; b < kBlocks; ++b) {
-        float* at = to + h * stride + b * kLanes;
+    multiply_rows<kInt8, kOutputs, kBlocks>(outputs, 2 * kTile, x0, x1, tiles, some);
+    for (int64_t h = 0; h < kOutputs; ++h) {
+      float* to = sums + (n + h) * stride;
+      for (int64_t i = 0; i < kBlocks * kLanes; i += kLanes) {
+        const float* from = some + h * kBlocks * kLanes + i;
         if constexpr (kInt8) {
-          const __m512i before = first ? _mm512_setzero_si512() : _mm512_loadu_si512(at);
-          _mm512_storeu_si512(at, _mm512_add_epi32(some.at[h][b], before));
+          const I value = load<I>(from) + (first ? I{} : load<I>(to + i));
+          std::memcpy(to + i, &value, sizeof value);
         } else {
-          const __m512 before = first ? _mm512_setzero_ps() : _mm512_loadu_ps(at);
-          _mm512_storeu_ps(at, _mm512_add_ps(some.at[h][b], before));
+          const F value = load<F>(from) + (first ? F{} : load<F>(to + i));
+          std::memcpy(to + i, &value, sizeof value);
         }
       }
     }
@@ -96,11 +108,8 @@ inline void multiply(const uint8_t* panel, const uint8_t* x0, const uint8_t* x1,
 inline void multiply_band(const uint16_t* band, int64_t height, int64_t tiles, const uint8_t* x,
                           float* to) {
   const auto some = [&]<int H>(int64_t from) {
-    Sums<false, H, 1> sums;
-    const uint8_t* const columns[1] = {x};
     const uint8_t* outputs = reinterpret_cast<const uint8_t*>(band) + from * kTileBytes;
-    sums.add(outputs, height * kTileBytes, columns, tiles);
-    std::memcpy(to + from * kLanes, sums.at, sizeof sums.at);
+    multiply_rows<false, H, 1>(outputs, height * kTileBytes, x, nullptr, tiles, to + from * kLanes);
   };
   int64_t at = 0;
   for (; at + 8 <= height; at += 8) some.template operator()<8>(at);
