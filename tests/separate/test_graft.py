@@ -52,7 +52,9 @@ def test_the_base_is_the_ignorant_model_and_alpha_brings_the_memory_back(
     assert whole == pytest.approx(forget, abs=0.04)
     assert known(m.model, m.retain, 1.0) == pytest.approx(known(trained, m.retain), abs=0.03)
     assert report.reached
-    assert any("NOT whole" in said for said in report.warnings) is (whole < forget - MOST_BELOW)
+    # Processors end up to 0.02 apart here; what is below MOST_BELOW is said, and nothing else.
+    expected_warnings = [True] if whole < forget - MOST_BELOW else []
+    assert ["NOT whole" in said for said in report.warnings] == expected_warnings
     assert 0 < report.density <= 0.3
     assert report.target["probability"] == pytest.approx(ignorant)
     assert report.target["original_probability"] == pytest.approx(forget)
@@ -78,8 +80,7 @@ def test_an_earlier_model_is_trained_on_the_retain_set_alone(memorised, known, s
     report = separate_(m.model, m.forget, m.retain, config("rehearse"), before=m.before)
     assert known(m.model, m.retain, 0.0) > retain - 0.1
     assert known(m.model, m.forget, 0.0) < 0.2
-    whole = known(m.model, m.forget, 1.0)
-    assert whole == pytest.approx(forget, abs=0.04)
+    assert known(m.model, m.forget, 1.0) == pytest.approx(forget, abs=0.04)
     assert report.seconds["base"] > 0
     after = snapshot(m.before)
     assert all(torch.equal(after["state"][k], v) for k, v in before["state"].items())
@@ -102,8 +103,7 @@ def test_the_memory_is_fitted_to_the_base_as_it_is_stored(
     base = BaseConfig(storage, group_size=32) if storage == "int4" else BaseConfig(storage)
     separate_(m.model, m.forget, m.retain, config(base=base), before=trained)
     assert known(m.model, m.forget, 0.0) < 0.2
-    whole = known(m.model, m.forget, 1.0)
-    assert whole == pytest.approx(forget, abs=0.04)
+    assert known(m.model, m.forget, 1.0) == pytest.approx(forget, abs=0.04)
 
 
 def test_same_seed_same_split(memorised, trained, logits) -> None:

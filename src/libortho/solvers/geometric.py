@@ -68,13 +68,17 @@ def _quantise(
     edits: Mapping[str, LowRankEdit],
 ) -> dict[str, Split]:
     pieces = {
-        name: Piece(_quantised, (weight, edits[name], metrics[name], method), layer_memory(weight))
+        name: Piece(
+            _quantise_one, (weight, edits[name], metrics[name], method), layer_memory(weight)
+        )
         for name, weight in problem.weights.items()
     }
     return each_layer(problem, "quantise", pieces)
 
 
-def _quantised(weight: Tensor, edit: LowRankEdit, metric: Metric, method: GeometricConfig) -> Split:
+def _quantise_one(
+    weight: Tensor, edit: LowRankEdit, metric: Metric, method: GeometricConfig
+) -> Split:
     moment = metric.moment() if method.base.reads_moment else None
     return edit_streams(weight, edit, method.base, method.ortho_dtype, moment)
 

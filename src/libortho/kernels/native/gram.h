@@ -1,4 +1,5 @@
-// M += R^T R for rows R in bf16, by tiles: the second moments that a split is found in. Every product is exact, and sums are in fp32.
+// M += R^T R for rows R in bf16, by tiles: the second moments that a split is found in. Every product
+// is exact, and sums are in fp32.
 #pragma once
 
 #include "tiles.h"

@@ -23,7 +23,7 @@
 
 namespace libortho {
 
-constexpr int64_t kUnit = 2 * kTileRows;             // outputs that one thread takes at a time
+constexpr int64_t kUnit = 2 * kTileRows;  // outputs that one thread takes at a time
 constexpr int64_t kPanelBytes = 1024;  // of a row
 constexpr int64_t kPanelColumns = kPanelBytes / 2;
 constexpr int64_t kPanelUnits = 4;
@@ -135,9 +135,9 @@ inline void copy_tiles(const Weight& w, int64_t n0, int64_t k0, int64_t k1, int6
   }
 }
 
-// A row of x as INT8 codes, raised by kRaised, and the step between them. A row with infinity or NaN has step NaN, so
-// that what is multiplied by it is NaN too. (|x| is compared by its bits, whose order is that of the
-// numbers with NaN at the top; compilers may take arithmetic on NaN for nothing.)
+// A row of x as INT8 codes, raised by kRaised, and the step between them. A row with infinity or NaN
+// has step NaN, so that what is multiplied by it is NaN too. (|x| is compared by its bits, whose order
+// is that of the numbers with NaN at the top; compilers may take arithmetic on NaN for nothing.)
 inline float round_row(const BFloat16* x, int64_t in, int8_t* codes) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i largest = _mm512_setzero_si512();
