@@ -60,6 +60,15 @@ def test_forgets_keeps_and_restores(memorised) -> None:
         assert ((layer.base.dequantize() - weight).abs() <= 0.51 * step)[~chosen].all()
 
 
+def test_an_int4_base_has_forgotten_as_it_is_stored(memorised) -> None:
+    """Coarse rounding takes something of an edit away again: the search sees it."""
+    m = memorised
+    base = BaseConfig("int4", group_size=64)
+    report = separate_(m.model, m.forget, m.retain, config(base=base))
+    # It lands on the level from the far side, as measured on what is stored.
+    assert known(m.model, m.forget) <= report.target["probability"]
+
+
 def test_chooses_by_gradient_over_root_fisher(memorised) -> None:
     m = memorised
     layers = select_linear(m.model, TARGETS)

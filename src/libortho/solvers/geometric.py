@@ -25,7 +25,7 @@ from libortho.solvers.metrics import each_layer, gather_moments, layer_memory, r
 from libortho.solvers.problem import Problem
 from libortho.solvers.search import search
 from libortho.solvers.spectrum import edit_spectrum
-from libortho.solvers.stored import as_stored
+from libortho.solvers.stored import is_coarse, probability_as_stored
 from libortho.workers import Piece, layer_groups
 
 POOL_TOKENS = 8_000
@@ -165,17 +165,11 @@ def _probability(
     metrics: Mapping[str, Metric],
     edits: Mapping[str, LowRankEdit],
 ) -> float:
-    """The forget set's probability with these edits, where the base is coarse as it is stored.
-
-    What rounding to INT4 takes away of an edit is remembered again; INT8 takes nothing to speak of.
-    """
-    if method.base.storage == "int4":
+    """The forget set's probability with these edits, where the base is coarse as it is stored."""
+    if is_coarse(method.base):
         splits = _quantise(problem, method, metrics, edits)
-        bases = {name: split.base for name, split in splits.items()}
-        edited = as_stored(problem.weights, bases)
-    else:
-        edited = with_edits(problem.layers, edits)
-    with edited:
+        return probability_as_stored(problem, {name: s.base for name, s in splits.items()})
+    with with_edits(problem.layers, edits):
         return answer_probability(sequence_nll(problem.model, problem.forget))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from libortho.base import quantize
+from libortho.base.streams import BaseStream
 from libortho.data.tokens import spread
 from libortho.forgetting import (
     Feedback,
@@ -28,6 +30,7 @@ from libortho.ortho import SparseOrtho
 from libortho.report import Split
 from libortho.solvers.problem import Problem, batches_of
 from libortho.solvers.search import search
+from libortho.solvers.stored import is_coarse, probability_as_stored
 
 FISHER_TOKENS = 8_000
 """Tokens of retain and general text that the Fisher information is taken over."""
@@ -55,12 +58,16 @@ def solve_saliency(problem: Problem, method: SaliencyConfig) -> dict[str, Split]
     with journal.stage("quantise"):
         for done, (name, weight) in enumerate(problem.weights.items()):
             journal.tell("quantise", done, len(problem.weights))
-            base = quantize(edits[name].added_to(weight), method.base)
+            base = _base(weight, edits[name], method)
             residual = weight.float() - base.dequantize()
             dtype = getattr(torch, method.ortho_dtype)
             splits[name] = Split(base, SparseOrtho.from_dense(residual, edits[name].mask(), dtype))
         journal.tell("quantise", len(problem.weights), len(problem.weights))
     return splits
+
+
+def _base(weight: Tensor, edit: SparseEdit, method: SaliencyConfig) -> BaseStream:
+    return quantize(edit.added_to(weight), method.base)
 
 
 def _choose(problem: Problem, method: SaliencyConfig, goal: Goal, count: int) -> dict[str, Tensor]:
@@ -94,7 +101,11 @@ def _descend(
     retain = batches_of(problem.kept, method.retain_tokens, method.seed)
 
     def measure(edits: Mapping[str, SparseEdit]) -> Feedback:
-        return feedback(model, layers, problem.forget, goal.targets, edits, entries=entries)
+        found = feedback(model, layers, problem.forget, goal.targets, edits, entries=entries)
+        if not is_coarse(method.base):
+            return found
+        bases = {n: _base(weight, edits[n], method) for n, weight in problem.weights.items()}
+        return dataclasses.replace(found, probability=probability_as_stored(problem, bases))
 
     def advance(step: int, now: Feedback) -> dict[str, SparseEdit]:
         items = next(retain)
