@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import pytest
 import torch
@@ -341,3 +342,136 @@ def test_logits_of_every_family_per_row(family, random_tokens, large_ortho) -> N
         torch.testing.assert_close(together[row], alone, atol=1e-8, rtol=1e-8)
     with alpha_scope(model, 0.0):
         assert not torch.allclose(model(input_ids=ids[1:2]).logits[0], together[1], atol=1e-2)
+
+
+# -- replicas --------------------------------------------------------------------------------------
+
+
+def test_a_replica_of_data_parallel_runs_at_the_alpha_of_its_caller(layer: OrthoLinear) -> None:
+    """Replicas run in threads that no scope of the caller reaches."""
+    set_alpha(layer, 1.0)
+    with alpha_scope(layer, 0.0):
+        replica = layer._replicate_for_data_parallel()
+    assert current_alpha(replica).rows == (0.0,)
+    assert layer.default_alpha.rows == (1.0,)
+    with pytest.raises(ValueError, match="DataParallel"), alpha_scope(layer, [0.0, 1.0]):
+        layer._replicate_for_data_parallel()
+
+
+# -- generators, which have no context of their own ------------------------------------------------
+
+
+def stream(layer: OrthoLinear, alpha: float) -> Iterator[float]:
+    with alpha_scope(layer, alpha):
+        while True:
+            yield current_alpha(layer).rows[0]
+
+
+def test_a_generator_that_rests_lends_its_alpha_to_nobody(layer: OrthoLinear, x: Tensor) -> None:
+    private, full = stream(layer, 0.0), stream(layer, 1.0)
+    assert next(private) == 0.0
+    with pytest.raises(RuntimeError, match="generator 'stream'"):
+        layer(x)
+    assert next(full) == 1.0
+    with pytest.raises(RuntimeError, match="generator 'stream'"):
+        next(private)  # and not 1.0, which is the other's
+    with alpha_scope(layer, 0.5):
+        assert heard(layer, x) == 0.5
+    full.close()
+    assert heard(layer, x) == 0.0
+
+
+def test_generators_that_end_in_any_order_leave_nothing(layer: OrthoLinear, x: Tensor) -> None:
+    set_alpha(layer, 0.25)
+    first, second = stream(layer, 0.0), stream(layer, 1.0)
+    next(first), next(second)
+    first.close()
+    assert next(second) == 1.0
+    del second
+    assert heard(layer, x) == 0.25
+
+
+def test_a_generator_may_enter_a_scope_for_each_step(layer: OrthoLinear, x: Tensor) -> None:
+    def steps(alpha: float) -> Iterator[float]:
+        for _ in range(3):
+            with alpha_scope(layer, alpha):
+                found = heard(layer, x)
+            yield found
+
+    assert list(zip(steps(0.0), steps(1.0), strict=True)) == [(0.0, 1.0)] * 3
+
+
+def test_context_managers_made_of_generators(layer: OrthoLinear, x: Tensor) -> None:
+    @contextmanager
+    def inner(alpha: float) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(alpha_scope(layer, alpha))
+            yield
+
+    @contextmanager
+    def outer(alpha: float) -> Iterator[None]:
+        with inner(alpha):
+            yield
+
+    @alpha_scope(layer, 0.125)
+    def decorated() -> float:
+        return heard(layer, x)
+
+    def generator() -> Iterator[float]:
+        with outer(0.75):
+            yield heard(layer, x)
+
+    with outer(0.5):
+        assert heard(layer, x) == 0.5
+        with inner(0.25):
+            assert heard(layer, x) == 0.25
+            assert decorated() == 0.125
+    running = generator()
+    assert next(running) == 0.75  # a generator's, by way of a context manager
+    with pytest.raises(RuntimeError, match="generator"):
+        layer(x)
+    assert [*running] == []
+    assert heard(layer, x) == 0.0
+
+
+def test_an_async_generator(layer: OrthoLinear, x: Tensor) -> None:
+    async def answers(alpha: float) -> AsyncIterator[float]:
+        with alpha_scope(layer, alpha):
+            yield await asyncio.to_thread(heard, layer, x)  # it waits, and lends its context
+            await asyncio.sleep(0)
+            yield await asyncio.create_task(child())
+
+    async def child() -> float:
+        return heard(layer, x)
+
+    async def main() -> None:
+        private, full = answers(0.0), answers(1.0)
+        assert await anext(private) == 0.0
+        with pytest.raises(RuntimeError, match="generator"):
+            layer(x)
+        assert await anext(full) == 1.0
+        assert await anext(full) == 1.0
+        with pytest.raises(RuntimeError, match="generator"):
+            # goes on in its own scope, and the innermost is that of the other
+            await anext(private)
+        del full, private
+        await asyncio.sleep(0.05)  # the loop closes both, in another task
+        assert heard(layer, x) == 0.0
+
+    asyncio.run(main())
+
+
+def test_an_async_context_manager(layer: OrthoLinear, x: Tensor) -> None:
+    @asynccontextmanager
+    async def at(alpha: float) -> AsyncIterator[None]:
+        await asyncio.sleep(0)
+        with alpha_scope(layer, alpha):
+            yield
+
+    async def main() -> None:
+        async with at(0.5):
+            await asyncio.sleep(0)
+            assert heard(layer, x) == 0.5
+        assert heard(layer, x) == 0.0
+
+    asyncio.run(main())

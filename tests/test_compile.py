@@ -130,7 +130,49 @@ def test_a_graph_that_outlived_its_layer_says_so() -> None:
     from libortho.alpha import add_scaled
 
     with pytest.raises(RuntimeError, match="split layer that is no more"):
-        add_scaled(torch.ones(2, 2), torch.ones(2, 2), -1)
+        add_scaled(torch.ones(2, 2), torch.ones(2, 2), torch.tensor(-1))
+
+
+def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = layer_of("low_rank")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).relu()
+
+    blocks, x = [Block() for _ in range(12)], torch.randn(3, COLUMNS)
+    for block in blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for alpha in (0.0, 1.0):
+        for block in blocks:
+            with alpha_scope(block, alpha):
+                torch.testing.assert_close(block(x), block.forward(x))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_an_exported_graph_asks_the_layer_it_was_made_of() -> None:
+    layer, x = layer_of("low_rank"), torch.randn(3, COLUMNS)
+    run = torch.export.export(layer, (x,)).module()
+    other = layer_of("low_rank")
+    set_alpha(other, 1.0)  # whatever another layer is at
+    for alpha in (0.0, 0.5):
+        with alpha_scope(layer, alpha):
+            torch.testing.assert_close(run(x), layer(x))
+
+
+def test_keys_are_those_of_no_other_process() -> None:
+    """A graph that was exported by one process may run in another, beside other layers."""
+    keys = {int(layer_of("low_rank")._key) for _ in range(4)}
+    assert len(keys) == 4
+    assert min(keys) > 2**32  # no counter
+
+
+def test_a_trace_would_freeze_alpha() -> None:
+    layer, x = layer_of("low_rank"), torch.randn(3, COLUMNS)
+    with pytest.raises(RuntimeError, match="trace"):
+        torch.jit.trace(layer, (x,), check_trace=False)
 
 
 def test_a_wrong_number_of_rows_is_the_same_error() -> None:

@@ -5,7 +5,9 @@ Two ways to set it, and nothing global:
 - `set_alpha(model, a)` writes the *default* of this model's layers. It starts at 0, the safe state.
 - `alpha_scope(model, a)` overrides it for the `with` block, in the current thread or async task
   only (a `contextvars.ContextVar`): scopes in two threads or tasks never see each other. A thread
-  started inside a scope begins outside of it, that is, at the default.
+  started inside a scope begins outside of it, that is, at the default. A generator has no context
+  of its own: a scope in which it yields is refused to all others until it goes on. Enter one anew
+  for each step there.
 
 Both hold in a model compiled by `torch.compile` too: its graph asks for alpha each time it runs
 (see `add_scaled`), so that no change of alpha recompiles it.
@@ -15,8 +17,8 @@ Both hold in a model compiled by `torch.compile` too: its graph asks for alpha e
 
 from __future__ import annotations
 
-import itertools
 import math
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +28,8 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+
+from libortho.suspended import Owner, owner
 
 if TYPE_CHECKING:
     from libortho.layer import OrthoLinear
@@ -130,17 +134,35 @@ def check_alpha(alpha: AlphaLike) -> Alpha:
     return Alpha(values)
 
 
-# Innermost scope last. Each entry holds its layers themselves, so that an `is` comparison stays
-# meaningful while the scope lives; a tuple, because context copies share it between tasks.
-_Scope = tuple[frozenset["OrthoLinear"], Alpha]
+class _Scope:
+    """An `alpha_scope`. It holds its layers themselves, so that `in` stays meaningful."""
+
+    __slots__ = ("alpha", "layers", "lost", "owner")
+
+    def __init__(self, layers: frozenset[OrthoLinear], alpha: Alpha, owner: Owner | None) -> None:
+        self.layers, self.alpha, self.owner = layers, alpha, owner
+        self.lost = False  # it ended in another context than it began in
+
+
+# Innermost scope last; a tuple, because context copies share it between tasks.
 _scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("libortho_alpha_scopes", default=())
 
 
 def current_alpha(layer: OrthoLinear) -> Alpha:
-    """The alpha that `layer` uses in this thread or task: its innermost scope's, or its default."""
-    for layers, alpha in reversed(_scopes.get()):
-        if layer in layers:
-            return alpha
+    """The alpha that `layer` uses in this thread or task: its innermost scope's, or its default.
+
+    Raises:
+        RuntimeError: that scope is of a generator which rests at a `yield`.
+    """
+    for scope in reversed(_scopes.get()):
+        if layer in scope.layers and not scope.lost:
+            if scope.owner is not None and scope.owner.rests():
+                raise RuntimeError(
+                    f"the innermost alpha_scope is of the generator {scope.owner.name!r}, which "
+                    "has yielded within it: code outside of it would run at its alpha. Enter the "
+                    "scope anew for each step of a generator, and leave it before the yield"
+                )
+            return scope.alpha
     return layer.default_alpha
 
 
@@ -183,16 +205,28 @@ def set_alpha(model: nn.Module, alpha: AlphaLike) -> None:
 def alpha_scope(model: nn.Module, alpha: AlphaLike) -> Iterator[None]:
     """Use `alpha` within the block, in this thread or async task only; scopes may nest.
 
+    In a generator, leave the block before a `yield` (while it rests there, the model raises
+    RuntimeError). Gradient checkpointing computes anew in the backward pass, at the alpha of that
+    moment: have it within the block, too.
+
     Args and raises: as `set_alpha`.
     """
     layers, checked = ortho_layers(model), check_alpha(alpha)
     for name, layer in layers.items():
         layer.require_ortho(checked, name)
-    token = _scopes.set((*_scopes.get(), (frozenset(layers.values()), checked)))
+    own = _Scope(frozenset(layers.values()), checked, owner())
+    token = _scopes.set((*_scopes.get(), own))
     try:
         yield
     finally:
-        _scopes.reset(token)
+        # Generators end in any order, and an event loop closes those that were dropped in another
+        # context, where what holds in this one cannot be set back.
+        others = tuple(scope for scope in _scopes.get() if scope is not own)
+        try:
+            _scopes.reset(token)
+        except ValueError:
+            own.lost = True
+        _scopes.set(others)
 
 
 # -- inside a compiled graph ---------------------------------------------------------------------
@@ -200,15 +234,19 @@ def alpha_scope(model: nn.Module, alpha: AlphaLike) -> Iterator[None]:
 # it, or recompile it whenever it changes. So the graph holds an operator that finds the layer by
 # its key and asks for its alpha when it runs, in the thread or task that runs it.
 
-_keys = itertools.count(1)
 _by_key: WeakValueDictionary[int, OrthoLinear] = WeakValueDictionary()
 
 
-def new_key(layer: OrthoLinear) -> int:
-    """A number for `layer` that no other layer of this process has or had."""
-    key = next(_keys)
+def new_key(layer: OrthoLinear) -> Tensor:
+    """What a graph finds `layer` by: () int64 on the CPU, of no other layer in any process.
+
+    Random, since an exported graph may be loaded beside other models. A tensor, since a graph takes
+    it as an input: blocks that are compiled one by one share a graph.
+    """
+    key = secrets.randbits(62)
     _by_key[key] = layer
-    return key
+    with torch.inference_mode(False):
+        return torch.tensor(key, device="cpu")
 
 
 # Replayed from a CUDA graph, the lookup would not happen again: whatever alpha was at the recording
@@ -217,20 +255,20 @@ _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") 
 
 
 @torch.library.custom_op("libortho::alpha_factor", mutates_args=(), tags=_TAGS)
-def _alpha_factor(output: Tensor, key: int) -> Tensor:
-    layer = _by_key.get(key)
+def _alpha_factor(output: Tensor, key: Tensor) -> Tensor:
+    layer = _by_key.get(int(key))
     if layer is None:
         raise RuntimeError("this compiled graph is of a split layer that is no more: compile again")
     return current_alpha(layer).factor(output)
 
 
 @_alpha_factor.register_fake
-def _(output: Tensor, key: int) -> Tensor:
+def _(output: Tensor, key: Tensor) -> Tensor:
     dtype = torch.promote_types(output.dtype, torch.float32)
     return output.new_empty(_factor_shape(output), dtype=dtype)
 
 
-def add_scaled(y: Tensor, output: Tensor, key: int) -> Tensor:
+def add_scaled(y: Tensor, output: Tensor, key: Tensor) -> Tensor:
     """`y + alpha * output` within a compiled graph, for the alpha of the moment it runs.
 
     A row at alpha 0 is `y` itself, whatever is in `output`: the graph computes the ortho stream at

@@ -121,6 +121,18 @@ class OrthoLinear(nn.Module):
         self.locked = False
         self._key = _alpha.new_key(self)
 
+    def _replicate_for_data_parallel(self) -> OrthoLinear:
+        # DataParallel runs its replicas in threads of their own, where no scope of the caller's is.
+        alpha = _alpha.current_alpha(self)
+        if len(alpha.rows) > 1:
+            raise ValueError(
+                f"alpha has {len(alpha.rows)} values, one per row, and DataParallel deals the rows "
+                "out: give one alpha for all, or use one device"
+            )
+        replica: OrthoLinear = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.default_alpha = alpha
+        return replica
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy, by deepcopy or from another process, has an alpha of its own.
@@ -166,6 +178,11 @@ class OrthoLinear(nn.Module):
             if self.ortho is not None:
                 y = _alpha.add_scaled(y, self.ortho(x), self._key)
             return y if self.bias is None else y + self.bias.to(y.dtype)
+        if torch.jit.is_tracing() and self.ortho is not None:
+            raise RuntimeError(
+                "a trace would hold the alpha of this moment for good: use torch.compile or "
+                "torch.export, whose graphs ask for it, or trace a base without its ortho stream"
+            )
         alpha, bias = _alpha.current_alpha(self), self._buffers["bias"]
         if alpha.is_zero:
             return self._stream(x, bias)
