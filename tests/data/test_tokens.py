@@ -95,8 +95,37 @@ def test_forms_of_ids(item) -> None:
 def test_labels_mark_the_prompt() -> None:
     item = {"input_ids": [1, 5, 6, 7], "labels": [-100, -100, 6, 7]}
     assert as_tokens([item], "forget") == [Tokens((1, 5, 6, 7), 2)]
-    with pytest.raises(ValueError, match=r"forget\[0\].*prompt of 4"):
+    with pytest.raises(ValueError, match=r"forget\[0\].*every label is -100"):
         as_tokens([{**item, "labels": [-100] * 4}], "forget")
+
+
+def test_padding_is_no_target() -> None:
+    ids, labels = [1, 5, 6, 7, 0, 0], [-100, 5, 6, 7, -100, -100]
+    wanted = [Tokens((1, 5, 6, 7), 1)]
+    assert as_tokens([{"input_ids": ids, "labels": labels}], "forget") == wanted
+    mask = [1, 1, 1, 1, 0, 0]
+    assert as_tokens([{"input_ids": ids, "attention_mask": mask}], "forget") == wanted
+    left = {
+        "input_ids": [0, 0, 1, 5, 6, 7],
+        "attention_mask": [0, 0, 1, 1, 1, 1],
+        "labels": [-100, -100, -100, -100, 6, 7],
+    }
+    assert as_tokens([left], "forget") == [Tokens((1, 5, 6, 7), 2)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"labels": [-100, 5, -100, 7]}, r"labels\[2\] is -100 between two"),
+        ({"labels": [-100, 6, 7, 2]}, r"labels\[1\] is 6 and input_ids\[1\] is 5"),
+        ({"labels": [1, 5, 6]}, r"different lengths: .*'labels': 3"),
+        ({"attention_mask": [1, 1]}, r"different lengths: .*'attention_mask': 2"),
+    ],
+    ids=["between turns", "shifted", "fewer labels", "a shorter mask"],
+)
+def test_labels_that_are_not_of_the_ids(columns, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"forget\[0\]: .*{message}"):
+        as_tokens([{"input_ids": [1, 5, 6, 7], **columns}], "forget")
 
 
 def test_a_tensor_of_rows() -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Template = Literal["plain", "chat"]
 T = TypeVar("T")
 
+IGNORED = -100
+"""The label of a token that is not predicted, in Hugging Face's data sets."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -100,12 +103,14 @@ def as_tokens(
 
     Args:
         items: `Tokens`, `Example`s or strings (these two need a tokenizer), 1-D integer tensors or
-            sequences of ids, or mappings with "input_ids" and, optionally, "labels" whose leading
-            -100s mark the prompt.
+            sequences of ids, or mappings with "input_ids" and, optionally, "attention_mask" (0 at
+            padding, which is dropped) and "labels" (-100 before the answer, which marks the prompt,
+            and behind it, where tokens are dropped).
         label: what to call it in an error ("forget", "retain").
 
     Raises:
-        ValueError: empty, or an item of fewer than two tokens.
+        ValueError: empty, an item of fewer than two tokens, or labels that are not its ids between
+            a prompt and padding.
         TypeError: text without a tokenizer, or an item of another kind.
     """
     if isinstance(items, (str, bytes, Mapping)):
@@ -128,29 +133,62 @@ def _one(item: Any, tokenizer: PreTrainedTokenizerBase | None, template: Templat
         if tokenizer is None:
             raise TypeError("text was given without a tokenizer: pass tokenizer=, or token ids")
         return encode(item, tokenizer, template)
-    prompt = 1
-    if isinstance(item, Mapping):
-        labels = item.get("labels")
-        if labels is not None:
-            flat = torch.as_tensor(labels).reshape(-1).tolist()
-            prompt = max(1, next((i for i, t in enumerate(flat) if t != -100), len(flat)))
-        if "input_ids" not in item:
-            raise TypeError(f"a mapping without 'input_ids'; its keys: {', '.join(map(str, item))}")
-        item = item["input_ids"]
+    if not isinstance(item, Mapping):
+        return Tokens(tuple(_integers(item, "ids")))
+    if "input_ids" not in item:
+        raise TypeError(f"a mapping without 'input_ids'; its keys: {', '.join(map(str, item))}")
+    columns = {"input_ids": _integers(item["input_ids"], "ids")}
+    for key in ("attention_mask", "labels"):
+        if item.get(key) is not None:
+            columns[key] = _integers(item[key], key)
+    lengths = {key: len(column) for key, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns of different lengths: {lengths}")
+    mask = columns.pop("attention_mask", None)
+    if mask is not None:
+        attended = [i for i, kept in enumerate(mask) if kept]
+        columns = {key: [column[i] for i in attended] for key, column in columns.items()}
+    return _labelled(columns["input_ids"], columns.get("labels"))
+
+
+def _labelled(ids: list[int], labels: list[int] | None) -> Tokens:
+    if labels is None:
+        return Tokens(tuple(ids))
+    counted = [i for i, label in enumerate(labels) if label != IGNORED]
+    if not counted:
+        raise ValueError(f"every label is {IGNORED}: expected one that is predicted")
+    first, last = counted[0], counted[-1]
+    if last - first >= len(counted):
+        gap = next(i for i in range(first, last) if labels[i] == IGNORED)
+        raise ValueError(
+            f"labels[{gap}] is {IGNORED} between two that are predicted: expected a prompt and one "
+            "answer; give each turn of a conversation as a sequence of its own"
+        )
+    for i in counted:
+        if labels[i] != ids[i]:
+            raise ValueError(
+                f"labels[{i}] is {labels[i]} and input_ids[{i}] is {ids[i]}: expected the same "
+                "(labels are not shifted)"
+            )
+    return Tokens(tuple(ids[: last + 1]), max(1, first))
+
+
+def _integers(values: Any, what: str) -> list[int]:
+    """One row of integers, in whatever it comes."""
     try:
-        ids = torch.as_tensor(item)
+        found = torch.as_tensor(values)
     except RuntimeError:
-        raise TypeError(f"a {type(item).__name__}: expected text or token ids") from None
+        raise TypeError(f"a {type(values).__name__}: expected text or token ids") from None
     if (
-        ids.is_floating_point()
-        or ids.dtype == torch.bool
-        or ids.dim() > 2
-        or (ids.dim() == 2 and ids.shape[0] != 1)
+        found.is_floating_point()
+        or found.dtype == torch.bool
+        or found.dim() > 2
+        or (found.dim() == 2 and found.shape[0] != 1)
     ):
         raise TypeError(
-            f"ids of shape {tuple(ids.shape)}, {ids.dtype}: expected one row of integers"
+            f"{what} of shape {tuple(found.shape)}, {found.dtype}: expected one row of integers"
         )
-    return Tokens(tuple(int(i) for i in ids.reshape(-1).tolist()), prompt)
+    return [int(value) for value in found.reshape(-1).tolist()]
 
 
 @dataclass(frozen=True, slots=True)
