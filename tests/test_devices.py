@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from libortho import (
+    BaseConfig,
     CurvatureConfig,
     GeometricConfig,
     SaliencyConfig,
@@ -23,14 +24,20 @@ from libortho import (
 from libortho.checkpoint import load_split, save_split
 from libortho.devices import check_device_map, device_of, offloaded, weights_here
 from libortho.evaluation.finetuned import load_model
+from libortho.kernels.reference import unpack_int4
 from libortho.scoring import sequence_nll
 
 pytest.importorskip("accelerate")
 
+INT4 = BaseConfig("int4", group_size=32)
 METHODS = {
     "descent": GeometricConfig(ortho_ratio=0.2, target_nll=5.0, find_steps=2, fit_steps=2),
     "projection": GeometricConfig(edit="projection", ortho_ratio=0.2, target_nll=5.0),
     "saliency": SaliencyConfig(ortho_ratio=0.1, target_nll=5.0, steps=2),
+    "saliency in INT4": SaliencyConfig(ortho_ratio=0.1, target_nll=5.0, steps=2, base=INT4),
+    "descent in INT4": GeometricConfig(
+        ortho_ratio=0.2, target_nll=5.0, find_steps=2, fit_steps=2, base=INT4
+    ),
     "curvature": CurvatureConfig(ortho_ratio=0.2),
     "spectral": SpectralConfig(ortho_ratio=0.05),
 }
@@ -256,5 +263,8 @@ def test_no_tensors_of_two_devices_meet(
     assert layers[1].base.qdata.device == TWO
     assert layers[1].ortho.tensors[0].device == TWO
     # Other kernels, another order of sums: a code may end on the other side of a half.
-    codes = [layers[0].base.qdata.int(), layers[1].base.qdata.inner.int()]
+    codes = [layers[0].base.qdata, layers[1].base.qdata.inner]
+    if codes[0].dtype == torch.uint8:
+        codes = [unpack_int4(packed) for packed in codes]
+    codes = [code.int() for code in codes]
     assert (codes[0] - codes[1]).abs().max() <= 1

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
+from torch import Tensor
 
 from libortho.base import quantize
 from libortho.base.streams import BaseStream
@@ -17,7 +21,6 @@ from libortho.solvers.fitting import Course, Fit, checked_budget, find_direction
 from libortho.solvers.metrics import retain_metrics
 from libortho.solvers.problem import Problem
 from libortho.solvers.spectrum import edit_spectrum
-from libortho.solvers.stored import as_stored
 
 POOL_TOKENS = 40_000
 """See `Fit`: more than for an edit of the original, which the base is not."""
@@ -49,7 +52,7 @@ def solve_graft(problem: Problem, method: GraftConfig) -> dict[str, Split]:
             moment = metrics[name].moment() if method.base.reads_moment else None
             bases[name] = quantize(weight, method.base, moment)
         journal.tell("quantise", len(bases), len(bases))
-    with as_stored(problem.weights, bases):
+    with _as_stored(problem.weights, bases):
         with journal.stage("solve"):
             descent, epochs = _grow(problem, method, metrics, budget, known)
         edits = descent.edits()
@@ -68,6 +71,19 @@ def solve_graft(problem: Problem, method: GraftConfig) -> dict[str, Split]:
         name: Split(base, LowRankOrtho.from_factors(edits[name].left, edits[name].right, dtype))
         for name, base in bases.items()
     }
+
+
+@contextmanager
+def _as_stored(weights: Mapping[str, Tensor], bases: Mapping[str, BaseStream]) -> Iterator[None]:
+    """Within the block the weights, of a model that is whole in memory, are what is stored."""
+    held = {name: weight.clone() for name, weight in weights.items()}
+    try:
+        for name, weight in weights.items():
+            weight.copy_(bases[name].dequantize())
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.copy_(held[name])
 
 
 def _grow(

@@ -6,13 +6,12 @@ unrounded model stops too early; INT8 takes nothing to speak of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-
-from torch import Tensor
+from collections.abc import Mapping
 
 from libortho.base.streams import BaseStream
 from libortho.config import BaseConfig
+from libortho.layer import OrthoLinear
+from libortho.linear import install, read_linear
 from libortho.scoring import answer_probability, sequence_nll
 from libortho.solvers.problem import Problem
 
@@ -24,18 +23,13 @@ def is_coarse(base: BaseConfig) -> bool:
 
 def probability_as_stored(problem: Problem, bases: Mapping[str, BaseStream]) -> float:
     """The forget set's probability per token where these are the bases of all layers."""
-    with as_stored(problem.weights, bases):
-        return answer_probability(sequence_nll(problem.model, problem.forget))
-
-
-@contextmanager
-def as_stored(weights: Mapping[str, Tensor], bases: Mapping[str, BaseStream]) -> Iterator[None]:
-    """Within the block the model's weights are what is stored of them."""
-    held = {name: weight.clone() for name, weight in weights.items()}
+    stored = {
+        name: OrthoLinear.from_streams(bases[name], None, read_linear(layer, name)[1])
+        for name, layer in problem.layers.items()
+    }
+    # Installed, not copied into the weights: those of a model on disk are read anew at every call.
+    install(problem.model, stored)
     try:
-        for name, weight in weights.items():
-            weight.copy_(bases[name].dequantize())
-        yield
+        return answer_probability(sequence_nll(problem.model, problem.forget))
     finally:
-        for name, weight in weights.items():
-            weight.copy_(held[name])
+        install(problem.model, problem.layers)
