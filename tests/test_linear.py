@@ -8,6 +8,7 @@ from torch import nn
 
 from libortho import OrthoLinear, replace_linear_layers, set_alpha
 from libortho.linear import install, matches, read_linear, select_linear
+from libortho.measures import untouched_layers
 
 DOWN = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
 
@@ -78,7 +79,9 @@ def test_no_regular_expression(llama: nn.Module) -> None:
     [("embed_tokens", "Embedding"), ("mlp", "LlamaMLP"), ("norm", "LlamaRMSNorm")],
 )
 def test_a_module_that_is_not_linear(llama: nn.Module, target: str, kind: str) -> None:
-    with pytest.raises(TypeError, match=rf"model\.\S*{target}, a {kind}"):
+    with pytest.raises(
+        TypeError, match=rf"model\.\S*{target}, which target_modules names, is a {kind}"
+    ):
         select_linear(llama, target)
 
 
@@ -99,6 +102,21 @@ def test_fused_experts() -> None:
     with pytest.raises(TypeError, match=r"'down_proj'.*experts\.down_proj.*\(3, 16, 24\).*leak"):
         select_linear(model, "down_proj")
     assert len(select_linear(model, "o_proj")) == 1
+    # and where others are split, they are told of
+    untouched = untouched_layers(model)
+    assert {"model.layers.0.mlp.experts.down_proj", "model.embed_tokens.weight"} <= set(untouched)
+    assert untouched["model.layers.0.mlp.experts.down_proj"].startswith("3 x 16 x 24 of ")
+
+
+def test_a_linear_layer_that_computes_more() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.ModuleDict({"a": Doubled(4, 4), "b": nn.Linear(4, 4)})
+    with pytest.raises(TypeError, match=r"a, which .*a Doubled, .*something else"):
+        select_linear(model, "a")
+    assert list(select_linear(model, "b")) == ["b"]
 
 
 def test_already_split(llama: nn.Module) -> None:

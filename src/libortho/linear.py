@@ -19,18 +19,37 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+LINEAR_ALIKE = ("FalconLinear",)
+"""Subclasses of nn.Linear with a forward of their own that computes the same."""
+
+
+def check_linear(module: nn.Module, name: str) -> None:
+    """Raise TypeError unless a module computes `x @ W.T + bias`, of a weight that it has."""
+    kind = type(module)
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        raise TypeError(
+            f"{name} is a {kind.__name__}: expected a linear layer "
+            "(torch.nn.Linear or transformers' Conv1D)"
+        )
+    if (
+        isinstance(module, nn.Linear)
+        and kind.forward is not nn.Linear.forward
+        and kind.__name__ not in LINEAR_ALIKE
+    ):
+        raise TypeError(
+            f"{name} is a {kind.__name__}, a linear layer that computes something else beside its "
+            "weight's product, which a split would leave out: choose targets that exclude it"
+        )
+
+
 def read_linear(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     """The weight (out_features, in_features) and bias (out_features,) of a linear layer, detached.
 
     Raises:
-        TypeError: neither nn.Linear nor Conv1D, or a quantised weight.
+        TypeError: neither nn.Linear nor Conv1D, one that computes more, or a quantised weight.
         ValueError: no rows or columns, still on the meta device, or NaN/Inf weights.
     """
-    if not isinstance(module, nn.Linear) and not is_conv1d(module):
-        raise TypeError(
-            f"{name} is a {type(module).__name__}: expected a linear layer "
-            "(torch.nn.Linear or transformers' Conv1D)"
-        )
+    check_linear(module, name)
     with weights_here(module):
         weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
@@ -97,11 +116,7 @@ def select_linear(model: nn.Module, target_modules: str | Sequence[str]) -> dict
                 raise ValueError(f"{name} is split already: start from the original model")
             selected[name] = modules[name]
     for name, module in selected.items():
-        if not isinstance(module, nn.Linear) and not is_conv1d(module):
-            raise TypeError(
-                f"target_modules names {name}, a {type(module).__name__}: expected linear layers "
-                "only (torch.nn.Linear or transformers' Conv1D)"
-            )
+        check_linear(module, f"{name}, which target_modules names,")
     _refuse_shared_weights(modules, selected)
     unique: dict[int, str] = {}
     for name in modules:

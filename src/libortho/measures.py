@@ -57,9 +57,18 @@ def measure_streams(
 
 
 def untouched_layers(model: nn.Module) -> dict[str, str]:
-    """Linear layers that are not split, by name, and why."""
-    return {
-        name: f"{type(module).__name__}, not targeted"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or is_conv1d(module)
-    }
+    """Whatever could hold a memory and is not split, by name, and why.
+
+    That is every weight of two dimensions or more: of linear layers, by the module's name, and of
+    embeddings, convolutions and fused experts, by the parameter's.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        if linear:
+            found[name] = f"{type(module).__name__}, not targeted"
+        for own, parameter in module.named_parameters(name, recurse=False):
+            if parameter.dim() > 1 and not (linear and own.endswith("weight")):
+                size = " x ".join(map(str, parameter.shape))
+                found[own] = f"{size} of {type(module).__name__}, no linear layer"
+    return found

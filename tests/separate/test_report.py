@@ -29,6 +29,7 @@ def test_report(memorised, config, split_names) -> None:
     assert "not split: lm_head (" in text
     assert {"lm_head", "model.layers.0.self_attn.q_proj"} <= set(report.skipped)
     assert set(report.skipped).isdisjoint(layers)
+    assert report.skipped["model.embed_tokens.weight"].endswith("of Embedding, no linear layer")
 
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert [layer["name"] for layer in plain["layers"]] == layers
