@@ -135,6 +135,13 @@ FAMILIES = {
         ("attn.c_attn", "attn.c_proj"),
         {"n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
     ),
+    "falcon": Family(  # adds its branches in place; its linear layers have a forward of their own
+        "FalconConfig",
+        "FalconForCausalLM",
+        "mlp.dense_4h_to_h",
+        ("query_key_value", "self_attention.dense"),
+        {"new_decoder_architecture": False, "parallel_attn": True, "bias": True},
+    ),
     "granite": Family(  # divides its logits
         "GraniteConfig", "GraniteForCausalLM", "down_proj", QKVO, {"logits_scaling": 4.0}
     ),

@@ -157,6 +157,23 @@ def test_feedback_in_several_batches(tiny_llama, random_tokens) -> None:
         )
 
 
+@pytest.mark.parametrize("by", ["weights", "factors"])
+def test_gradients_in_fp16_do_not_underflow(tiny_llama, random_tokens, by) -> None:
+    """A mean over thousands of tokens would be too small for fp16 on its way down."""
+    items = random_tokens([60] * 40)
+    targets = random_targets(items)
+    edits = random_edits(select_linear(tiny_llama(), "down_proj"))
+    found = []
+    for model in (tiny_llama(), tiny_llama().half()):
+        model.lm_head.weight.mul_(0.01)  # stands for more of them
+        layers = select_linear(model, "down_proj")
+        found.append(feedback(model, layers, items, targets, edits, by=by).gradients)
+    for name, gradient in found[0].items():
+        pair = (gradient, found[1][name])
+        for one, other in [pair] if by == "weights" else zip(*pair, strict=True):
+            assert (one - other).norm() < 0.02 * one.norm()
+
+
 def test_feedback_of_a_layer_in_two_places(tiny_llama, random_tokens) -> None:
     model = tiny_llama()
     model.model.layers[1].mlp.down_proj = model.model.layers[0].mlp.down_proj

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from libortho import alpha_scope, replace_linear_layers
 from libortho.data.tokens import Tokens, collate
 from libortho.scoring import (
     answer_probability,
@@ -42,6 +43,18 @@ def test_token_nll_of_every_family(family, random_tokens) -> None:
     torch.testing.assert_close(nll.double(), torch.cat(expected), atol=1e-4, rtol=1e-4)
     # Text that says nothing would pass with any head: the family's logits must differ.
     assert torch.cat(expected).std() > 0.1
+
+
+def test_a_split_output_layer(tiny_llama, random_tokens) -> None:
+    model = replace_linear_layers(tiny_llama(), "lm_head", use_low_rank=False, scale="absmax")
+    items = random_tokens(LENGTHS)
+    with alpha_scope(model, 1.0):
+        found = torch.cat(sequence_nll(model, items))
+    expected = torch.cat([direct(tiny_llama(), item) for item in items])
+    torch.testing.assert_close(found.double(), expected, atol=0.1, rtol=0.05)
+    # It is handed positions, among which a row's alpha could not be told from another's.
+    with pytest.raises(ValueError, match="one alpha"), alpha_scope(model, [0.0, 1.0]):
+        sequence_nll(model, items)
 
 
 def test_last_position_of_every_family(family) -> None:

@@ -41,7 +41,7 @@ def device_of(module: nn.Module) -> torch.device:
     for hook in _hooks(module):
         if hook.execution_device is not None:
             return torch.device(hook.execution_device)
-    return next(module.parameters()).device
+    return next(chain(module.parameters(), module.buffers())).device  # a split layer has buffers
 
 
 def offloaded(model: nn.Module) -> Mapping[str, Tensor]:

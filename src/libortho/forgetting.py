@@ -290,6 +290,9 @@ def _feedback(
     loss_of: Callable[[Tensor, Tensor], Tensor],
 ) -> Feedback:
     total = sum(item.targets for item in items)
+    # A mean over many tokens has gradients that fp16 rounds to zero on their way down. A power of
+    # two, which is taken out of them in fp32, changes nothing else.
+    scale = 2.0 ** round(math.log2(total))
     loss_sum = nll_sum = probability_sum = 0.0
     with collecting as gradients:
         for batch in batches(items):
@@ -298,9 +301,12 @@ def _feedback(
             wanted = torch.cat([targets[i].probabilities for i in batch.index]).to(log_p.device)
             picked = log_p.gather(1, tokens)
             loss = loss_of(picked, wanted) / total
-            loss.backward()
+            (loss * scale).backward()
             loss_sum += float(loss.detach())
             own = -picked.detach()[:, 0]
             nll_sum += float(own.sum())
             probability_sum += sum(math.exp(-float(x.mean())) for x in own.split(batch.counts))
+    for gradient in gradients.values():
+        for part in gradient if isinstance(gradient, tuple) else (gradient,):
+            part.div_(scale)
     return Feedback(loss_sum, probability_sum / len(items), nll_sum / total, gradients)

@@ -97,6 +97,8 @@ def edited_factors(
     def collect(name: str, grad: Tensor, x: Tensor) -> None:
         edit = edits[name]
         rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        if rows.dtype == torch.float16:  # in which a sum over tokens may overflow
+            rows, inputs = rows.float(), inputs.float()
         left = rows.T @ (inputs @ edit.right.to(inputs.dtype).T)
         right = (rows @ edit.left.to(rows.dtype)).T @ inputs
         held = gradients.get(name)
@@ -295,7 +297,8 @@ def _hooked(
                 output = output.detach().requires_grad_()
             held = x.detach()
             output.register_hook(lambda grad: collect(name, grad.to(device), held))
-            return output
+            # A copy, which a model may write to (Falcon adds its two branches in place).
+            return output.clone()
 
         return hook
 

@@ -129,7 +129,7 @@ class OrthoLinear(nn.Module):
                 f"alpha has {len(alpha.rows)} values, one per row, and DataParallel deals the rows "
                 "out: give one alpha for all, or use one device"
             )
-        replica: OrthoLinear = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: OrthoLinear = super()._replicate_for_data_parallel()
         replica.default_alpha = alpha
         return replica
 
@@ -178,7 +178,7 @@ class OrthoLinear(nn.Module):
             if self.ortho is not None:
                 y = _alpha.add_scaled(y, self.ortho(x), self._key)
             return y if self.bias is None else y + self.bias.to(y.dtype)
-        if torch.jit.is_tracing() and self.ortho is not None:
+        if torch._C._is_tracing() and self.ortho is not None:
             raise RuntimeError(
                 "a trace would hold the alpha of this moment for good: use torch.compile or "
                 "torch.export, whose graphs ask for it, or trace a base without its ortho stream"

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from libortho.alpha import current_alpha
 from libortho.data.tokens import Batch, Tokens, batches
 from libortho.devices import device_of
+from libortho.layer import OrthoLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,10 +56,16 @@ def predicted_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     (scaling, soft-capping) is done by the model's own forward. Not for two threads at once.
 
     Raises:
-        ValueError: a token id is beyond the model's vocabulary (the tokenizer of another model).
+        ValueError: a token id is beyond the model's vocabulary (the tokenizer of another model), or
+            the output layer is split and has one alpha per row.
     """
     check_vocabulary(model, batch)
     head = model.get_output_embeddings()
+    if isinstance(head, OrthoLinear) and len(current_alpha(head).rows) > 1:
+        raise ValueError(
+            "the output layer is split, and is handed positions here, not rows: score at one alpha "
+            "at a time"
+        )
     device = device_of(head)
     predicts = batch.predicts.to(device)
 

@@ -281,3 +281,25 @@ def test_saves_the_stored_weight_only(kind: str) -> None:
         case(x)
     stored = [t for t in (case.qdata, case.scale, case.zero) if t is not None]
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in stored}
+
+
+def test_a_row_at_alpha_0_is_the_base_alone() -> None:
+    """Beside a row at alpha 1, and though its own term overflows in half precision."""
+    qdata, left, right = torch.randn(5, 8).half(), torch.full((5, 1), 6e4), torch.ones(1, 8)
+    x = torch.full((2, 8), 100.0).half()
+    found = reference.linear(x, qdata, ortho=(left, right), alpha=torch.tensor([0.0, 1.0]))
+    assert torch.equal(found[0], reference.linear(x, qdata)[0])
+    assert found[1].isinf().all()
+
+
+def test_csr_under_autocast() -> None:
+    """Which would run it in bf16, where there is no sparse product."""
+    dense = torch.randn(6, 9) * (torch.rand(6, 9) > 0.5)
+    csr = dense.to_sparse_csr()
+    crow, col = csr.crow_indices().int(), csr.col_indices().int()
+    x = torch.randn(4, 9, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = reference.csr_linear(x, crow, col, csr.values(), (6, 9))
+        y.sum().backward()
+    torch.testing.assert_close(y, x @ dense.T)
+    torch.testing.assert_close(x.grad, dense.sum(0).expand(4, 9))

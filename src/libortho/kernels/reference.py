@@ -158,7 +158,7 @@ def dense_linear(
 # torch.sparse has no half-precision product on every device, so both passes run in at least fp32;
 # the ortho stream is small enough that this costs little. They are operators of their own, and not
 # one autograd.Function like the dense product, because torch.compile cannot look into sparse
-# layouts: it calls an operator as it is.
+# layouts: it calls an operator as it is. autocast would have them in half precision all the same.
 
 
 @torch.library.custom_op("libortho::csr_linear", mutates_args=())
@@ -166,7 +166,8 @@ def _csr_linear(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, out_featur
     dtype = torch.promote_types(x.dtype, torch.float32)
     matrix = csr_tensor(crow, col, values.to(dtype), (out_features, x.shape[-1]))
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    y = (matrix @ flat.T).T.to(x.dtype).contiguous()
+    with torch.autocast(x.device.type, enabled=False):
+        y = (matrix @ flat.T).T.to(x.dtype).contiguous()
     return y.reshape(*x.shape[:-1], out_features)
 
 
@@ -187,7 +188,8 @@ def _csr_linear_backward(
         check_invariants=False,
     )
     flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
-    grad_x = torch.sparse.mm(transposed, flat.T).T.to(grad.dtype).contiguous()
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_x = torch.sparse.mm(transposed, flat.T).T.to(grad.dtype).contiguous()
     return grad_x.reshape(*grad.shape[:-1], in_features)
 
 
@@ -293,7 +295,10 @@ def add_terms(
         term = ortho_linear(x, ortho)
         factor = alpha.to(torch.promote_types(x.dtype, torch.float32))
         factor = factor.repeat_interleave(x.shape[:-1].numel() // alpha.numel())
-        y = y + (term * factor.reshape(*x.shape[:-1], 1)).to(y.dtype)
+        factor = factor.reshape(*x.shape[:-1], 1)
+        both = y + (term * factor).to(y.dtype)
+        # A row at alpha 0 is the base's, even where the term of a half-precision x overflowed.
+        y = torch.where(factor == 0, y, both) if alpha.numel() > 1 else both
     return y if bias is None else y + bias.to(y.dtype)
 
 
