@@ -12,7 +12,8 @@ Two ways to set it, and nothing global:
 Both hold in a model compiled by `torch.compile` too: its graph asks for alpha each time it runs
 (see `add_scaled`), so that no change of alpha recompiles it.
 
-`a` is a number in [0, 1], or one value per row of the batch as a 1-D tensor or sequence.
+`a` is a number in [0, 1], or one value per row of the batch as a 1-D tensor or sequence. Rows are
+told by the first dimension: a model that puts the length there (XLNet) takes one number only.
 """
 
 from __future__ import annotations

@@ -174,10 +174,12 @@ def mean_squares(
     Returns:
         Module name -> (directions,) fp32.
     """
-    sums = {name: torch.zeros(len(r), device=r.device) for name, r in rows.items()}
+    sums = {
+        name: torch.zeros(len(r), dtype=torch.float32, device=r.device) for name, r in rows.items()
+    }
     tokens = dict.fromkeys(rows, 0)
     inputs: dict[str, list[Tensor]] = {}
-    weights = [torch.ones(item.targets) for item in items]
+    weights = [torch.ones(item.targets, dtype=torch.float32) for item in items]
     with _record_inputs({name: layers[name] for name in rows}, inputs), torch.no_grad():
         for batch in batches(items):
             _run(model, batch)
@@ -230,11 +232,11 @@ def position_weights(
     """
     if weights is None:
         body = batch.attention.float()
-        first = torch.ones(len(batch.index))
+        first = torch.ones(len(batch.index), dtype=torch.float32)
     else:
-        body = torch.zeros(batch.ids.shape)
+        body = torch.zeros(batch.ids.shape, dtype=torch.float32)
         body[batch.predicts] = torch.cat([weights[i].float() for i in batch.index])
-        first = torch.zeros(len(batch.index))
+        first = torch.zeros(len(batch.index), dtype=torch.float32)
     body[:, 0] = 0.0
     return body, first
 

@@ -236,7 +236,7 @@ def kronecker_factors(
     def collect(name: str, grad: Tensor, x: Tensor) -> None:
         if name not in factors:
             width = grad.shape[-1]
-            zeros = torch.zeros(width, width, device=grad.device)
+            zeros = torch.zeros(width, width, dtype=torch.float32, device=grad.device)
             factors[name] = KroneckerFactors(Moments.zeros(x.shape[-1], x.device), zeros)
         factors[name].inputs.add(x, body, first)
         # At padding, whose output predicts nothing, the gradient is zero: nothing to leave out.

@@ -88,7 +88,7 @@ class Gram:
 
     def diagonal(self) -> Tensor:
         """(width,) fp32. Not finite exactly where a row was not, or a square is beyond fp32."""
-        total = torch.zeros(self.width, device=self._device)
+        total = torch.zeros(self.width, dtype=torch.float32, device=self._device)
         if self._matrix is not None:
             total += self._matrix.diagonal()
         for rows in self._rows:
@@ -108,12 +108,14 @@ class Gram:
         return matrix
 
     def _empty(self) -> Tensor:
-        return torch.zeros(0, self.width, device=self._device)
+        return torch.zeros(0, self.width, dtype=torch.float32, device=self._device)
 
     def _fold(self) -> None:
         """Turn what is held as rows into the matrix."""
         if self._matrix is None:
-            self._matrix = torch.zeros(self.width, self.width, device=self._device)
+            self._matrix = torch.zeros(
+                self.width, self.width, dtype=torch.float32, device=self._device
+            )
         if not self._rows:
             return
         # One dtype at a time: rows that came in bf16 multiply exactly in bf16 units.

@@ -141,6 +141,8 @@ def separate_(
             f"method {method_of(config.method)!r} needs gradients of the whole model at every step "
             "and has nothing to hand to workers; methods that have: " + ", ".join(able)
         )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("a split needs gradients: call separate_ outside of inference_mode")
     journal = Journal(progress)
     layers = select_linear(model, config.target_modules)
     linears = {name: read_linear(layer, name) for name, layer in layers.items()}
@@ -148,8 +150,10 @@ def separate_(
         check_width(weight.shape[1], config.method.base, name)
 
     def tokens(items: Sequence[Any], label: str) -> list[Tokens]:
-        return _checked_tokens(model, items, label, tokenizer, config.template)
+        return _checked_tokens(model, before, items, label, tokenizer, config.template)
 
+    if before is not None:
+        _check_outputs(model, before)
     check_sets(config, forget, before is not None)
     forget_items = [] if forget is None or len(forget) == 0 else tokens(forget, "forget")
     retain_items = tokens(retain, "retain")
@@ -253,15 +257,38 @@ def check_sets(config: SeparationConfig, forget: Sequence[Any] | None, before: b
     )
 
 
+def _check_outputs(model: PreTrainedModel, before: PreTrainedModel) -> None:
+    """Raise ValueError unless the earlier model predicts the same tokens."""
+    sizes = []
+    for one in (model, before):
+        head = one.get_output_embeddings()
+        sizes.append(int(getattr(head, "out_features", 0) or head.weight.shape[0]))
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the earlier model predicts {sizes[1]} tokens and the model {sizes[0]}: expected the "
+            "same vocabulary (resize_token_embeddings makes it so, where one is padded)"
+        )
+
+
 def _checked_tokens(
     model: PreTrainedModel,
+    before: PreTrainedModel | None,
     items: Sequence[Any],
     label: str,
     tokenizer: PreTrainedTokenizerBase | None,
     template: Template,
 ) -> list[Tokens]:
     result = as_tokens(items, label, tokenizer, template)
+    contexts = [
+        getattr(one.config, "max_position_embeddings", None) for one in (model, before) if one
+    ]
+    longest = min((context for context in contexts if context), default=math.inf)
     for position, item in enumerate(result):
+        if len(item.ids) > longest:
+            raise ValueError(
+                f"{label}[{position}] is {len(item.ids)} tokens long, and the model's context "
+                f"{longest}: cut it into pieces"
+            )
         try:
             check_vocabulary(model, collate([item], [0]))
         except ValueError as error:
@@ -289,7 +316,8 @@ def _naming_texts(
         for whose, looked_at in (("", model), ("the earlier model, ", before)):
             if looked_at is None:
                 continue
-            chosen = {name: looked_at.get_submodule(name) for name in layers}
+            there = dict(looked_at.named_modules())  # an earlier model may have fewer
+            chosen = {name: there[name] for name in layers if name in there}
             for label, items in sets.items():
                 found = not_finite(looked_at, chosen, items)
                 if found is not None:

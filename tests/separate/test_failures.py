@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from torch import nn
 
 from libortho import (
@@ -115,6 +116,11 @@ REFUSED = {
     ),
     "target that is not linear": (TypeError, "norm.*LlamaRMSNorm", {"targets": "norm"}),
     "target without part in the decoder": (ValueError, "lm_head", {"targets": "lm_head"}),
+    "longer than the context": (
+        ValueError,
+        r"retain\[1\] is 200 tokens long, and the model's context 128",
+        {"retain": [[1, 2, 3], [1] * 200]},
+    ),
     "two aims": (ValueError, "target_nll and before/unseen", {"unseen": [[1, 2, 3]]}),
 }
 
@@ -135,6 +141,34 @@ def test_refused(memorised, snapshot, case: str, config, assert_unchanged) -> No
             unseen=sets["unseen"],
         )
     assert_unchanged(before, snapshot(m.model))
+
+
+def test_an_earlier_model_of_another_vocabulary(memorised, tiny_llama, config) -> None:
+    m = memorised
+    with pytest.raises(ValueError, match="earlier model predicts 80 tokens and the model 64"):
+        separate_(
+            m.model,
+            m.forget,
+            m.retain,
+            config(target_nll=None),
+            before=tiny_llama(vocab_size=80, hidden_size=64),
+        )
+
+
+def test_inference_mode_is_refused(memorised, config) -> None:
+    m = memorised
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of inference_mode"):
+        separate_(m.model, m.forget, m.retain, config())
+
+
+@pytest.mark.parametrize("edit", ["descent", "projection"])
+def test_another_default_dtype(memorised, edit: str, config) -> None:
+    m = memorised
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert separate_(m.model, m.forget, m.retain, config(edit)).reached
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -49,8 +49,14 @@ class Descent:
         share = budget / sum(sum(shape) for shape in shapes.values())
         self._candidates = max(16, math.ceil(8 * share))
         at = {name: metrics[name].factor.device for name in shapes}
-        self._left = {n: torch.zeros(rows, 0, device=at[n]) for n, (rows, _) in shapes.items()}
-        self._right = {n: torch.zeros(0, width, device=at[n]) for n, (_, width) in shapes.items()}
+        self._left = {
+            n: torch.zeros(rows, 0, dtype=torch.float32, device=at[n])
+            for n, (rows, _) in shapes.items()
+        }
+        self._right = {
+            n: torch.zeros(0, width, dtype=torch.float32, device=at[n])
+            for n, (_, width) in shapes.items()
+        }
         self._devices = [device for device in set(at.values()) if device.type == "cuda"]
         self._optimizer: torch.optim.Adam | None = None
 

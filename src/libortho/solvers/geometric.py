@@ -174,7 +174,7 @@ def _probability(
 
 
 def _forget_moments(problem: Problem) -> dict[str, Gram]:
-    weights = [torch.ones(item.targets) for item in problem.forget]
+    weights = [torch.ones(item.targets, dtype=torch.float32) for item in problem.forget]
     means: dict[str, Gram] = {}
     for group in layer_groups(problem.workers, problem.widths):
         moments = gather_moments(problem, group, problem.forget, weights)
