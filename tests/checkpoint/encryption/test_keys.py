@@ -128,6 +128,17 @@ def test_an_empty_variable_is_no_leave_to_write_plain(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_key_is_looked_at_before_the_base_is_written(
+    split_model, tmp_path: Path, monkeypatch
+) -> None:
+    from libortho.checkpoint import write
+
+    monkeypatch.setattr(write, "_write_base", lambda *_: pytest.fail("the base was written first"))
+    monkeypatch.setenv(keys.FILE_VARIABLE, str(tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        split_model().save_pretrained(tmp_path / "m")
+
+
 def test_one_key_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert OrthoKey.from_environment() is None
     monkeypatch.setenv(keys.KEY_VARIABLE, SECRET)
