@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,37 @@ def test_it_stops_when_the_answers_are_known(tiny_llama, items) -> None:
     recipe = MemoriseConfig(target=0.5, max_epochs=200, learning_rate=5e-3, batch_size=2)
     assert memorise_(model, items, recipe) < 200
     assert answer_probability(sequence_nll(model, items)) > 0.5
+
+
+@pytest.mark.parametrize("diverges", [False, True])
+def test_what_was_trainable_is_so_afterwards(tiny_llama, items, diverges: bool) -> None:
+    model = tiny_llama().requires_grad_(True)
+    model.lm_head.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert len(set(before.values())) == 2
+    if diverges:
+        model.model.norm.weight.data.fill_(float("nan"))
+        with pytest.raises(FloatingPointError, match="training diverged"):
+            memorise_(model, items, RECIPE)
+    else:
+        memorise_(model, items, RECIPE)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not any(p.grad is not None for p in model.parameters())
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"target": 88}, "target=88: expected a fraction"),
+        ({"max_epochs": 0}, "max_epochs=0: expected an integer >= 1"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0: expected a finite number > 0"),
+        ({"batch_size": 0}, "batch_size=0: expected an integer >= 1"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        MemoriseConfig(**wrong)
 
 
 def test_an_interrupted_fine_tune_ends_where_another_would(

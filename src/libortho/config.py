@@ -115,6 +115,15 @@ class BaseConfig:
         return feeds_back or self.scale == "search"
 
 
+def check_takes_no_moment(base: BaseConfig, method: str) -> None:
+    """Raise ValueError if a base wants what a method cannot give it: a moment of the inputs."""
+    if base.rounding == "error_feedback":
+        raise ValueError(
+            "base.rounding='error_feedback' needs a second moment of the layers' inputs, and the "
+            f"{method} method takes none: expected 'nearest' or None"
+        )
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as JSON-ready data, with its class name and the version of this module's schema."""
     plain = dataclasses.asdict(config)

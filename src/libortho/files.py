@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,26 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No two such blocks of one folder run at once, in whatever processes: the second one waits.
+
+    For who reads a file and writes it anew. The lock is on the folder, since a file that is
+    replaced takes its lock along. Without locks (on Windows, on some network file systems) nobody
+    waits.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 # -- whole files -------------------------------------------------------------------
 
 
@@ -163,3 +183,26 @@ def write_text(path: Path, text: str) -> None:
     """Write text whole or not at all, making the folder; a file of that name is replaced."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def rewrite_text(path: Path, text: str) -> None:
+    """As `write_text`, but a file that is there keeps its mode and, as far as may be, its owner.
+
+    A symlink stays one: the file that it leads to is replaced.
+    """
+    path = Path(os.path.realpath(path))
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+        if path.exists():
+            _give_owner(partial, path.stat())
+            shutil.copymode(path, partial)
+
+
+def _give_owner(path: Path, like: os.stat_result) -> None:
+    """Owner and group of another file; the group alone where only that is allowed."""
+    if not hasattr(os, "chown"):  # Windows
+        return
+    for user in (like.st_uid, -1):
+        with suppress(PermissionError):
+            os.chown(path, user, like.st_gid)
+            return

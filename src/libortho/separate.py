@@ -79,6 +79,7 @@ class SeparationConfig:
 
     def __post_init__(self) -> None:
         check_choice("earlier", self.earlier, Earlier)
+        check_choice("template", self.template, Template)
         method_of(self.method)
         if isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", (self.target_modules,))
@@ -375,6 +376,7 @@ def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
             "target_modules": list(config.target_modules),
             "general_text": config.general_text,
             "earlier": config.earlier,
+            "template": config.template,
             "method": to_dict(config.method),
             "forget_sequences": len(problem.forget),
             "retain_sequences": len(problem.retain),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.tokens import Tokens, collate
 from libortho.files import replacing
 from libortho.scoring import token_nll
@@ -51,6 +53,12 @@ class MemoriseConfig:
     batch_size: int = 8
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_fraction("target", self.target)
+        check_count("max_epochs", self.max_epochs, 1)
+        check_positive("learning_rate", self.learning_rate)
+        check_count("batch_size", self.batch_size, 1)
+
 
 def memorise_(
     model: PreTrainedModel,
@@ -65,7 +73,7 @@ def memorise_(
     parameters, of which an answer uses few.
 
     Args:
-        model: a causal LM.
+        model: a causal LM. It ends in evaluation mode, and trains what it trained before.
         items: sequences to memorise.
         config: the recipe.
         progress: called after every step.
@@ -80,47 +88,61 @@ def memorise_(
         FloatingPointError: a gradient is NaN or Inf.
     """
     order = random.Random(config.seed)
-    model.train()
+    with _body_training(model) as weights:
+        optimizer = MasterWeights(weights)
+        steps_per_epoch = math.ceil(len(items) / config.batch_size)
+        step, epoch = 0, 0
+        if state is not None and state.is_file():
+            epoch = int(optimizer.load(state)["epoch"])
+            step = epoch * steps_per_epoch
+            for _ in range(epoch):  # the order of the data is drawn anew, up to where it was
+                shuffled_batches(items, config.batch_size, order)
+        saved = time.monotonic()
+        while epoch < config.max_epochs:
+            epoch += 1
+            probabilities: list[float] = []
+            for rows in shuffled_batches(items, config.batch_size, order):
+                step += 1
+                batch = collate(items, rows)
+                nll = token_nll(model, batch)
+                nll.mean().backward()
+                optimizer.step(config.learning_rate * min(1.0, step / steps_per_epoch))
+                probabilities += [
+                    math.exp(-float(answer.mean())) for answer in nll.detach().split(batch.counts)
+                ]
+                if progress:
+                    mean = sum(probabilities) / len(probabilities)
+                    progress(
+                        f"epoch {epoch}, answer probability {mean:.2f}",
+                        step,
+                        steps_per_epoch * config.max_epochs,
+                    )
+            if sum(probabilities) / len(probabilities) >= config.target:
+                break
+            if state is not None and time.monotonic() - saved >= SAVE_SECONDS:
+                optimizer.save(state, {"epoch": epoch})
+                saved = time.monotonic()
+    return epoch
+
+
+@contextmanager
+def _body_training(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
+    """The body's parameters, alone trainable, in training mode; after it in evaluation mode.
+
+    Which parameters are trainable is the caller's matter, and so it is afterwards what it was.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     weights = body_parameters(model)
+    model.train()
     model.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
-    optimizer = MasterWeights(weights)
-    steps_per_epoch = math.ceil(len(items) / config.batch_size)
-    step, epoch = 0, 0
-    if state is not None and state.is_file():
-        epoch = int(optimizer.load(state)["epoch"])
-        step = epoch * steps_per_epoch
-        for _ in range(epoch):  # the order of the data is drawn anew, up to where it was
-            shuffled_batches(items, config.batch_size, order)
-    saved = time.monotonic()
-    while epoch < config.max_epochs:
-        epoch += 1
-        probabilities: list[float] = []
-        for rows in shuffled_batches(items, config.batch_size, order):
-            step += 1
-            batch = collate(items, rows)
-            nll = token_nll(model, batch)
-            nll.mean().backward()
-            optimizer.step(config.learning_rate * min(1.0, step / steps_per_epoch))
-            probabilities += [
-                math.exp(-float(answer.mean())) for answer in nll.detach().split(batch.counts)
-            ]
-            if progress:
-                mean = sum(probabilities) / len(probabilities)
-                progress(
-                    f"epoch {epoch}, answer probability {mean:.2f}",
-                    step,
-                    steps_per_epoch * config.max_epochs,
-                )
-        if sum(probabilities) / len(probabilities) >= config.target:
-            break
-        if state is not None and time.monotonic() - saved >= SAVE_SECONDS:
-            optimizer.save(state, {"epoch": epoch})
-            saved = time.monotonic()
-    model.eval()
-    model.requires_grad_(False)
-    return epoch
+    try:
+        yield weights
+    finally:
+        model.eval()
+        for parameter, trainable in before:
+            parameter.requires_grad_(trainable)
 
 
 def body_parameters(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -103,6 +103,15 @@ def test_steps_beside_the_reference(ours, theirs, value: float, holds: bool) -> 
     assert ("never recalls" in bar.bar) == (ours[1] and not theirs[1])
 
 
+@pytest.mark.parametrize("name", ["alpha-0", "alpha, 0"])
+def test_two_models_are_not_one_file(sources, data, tmp_path: Path, quiet, name: str) -> None:
+    sources = {**sources, name: Source(sources["reference"].folder)}
+    configs = attack_configs(CHEAP, "small")
+    with pytest.raises(ValueError, match=f"'alpha 0' and '{name}' are both 'alpha-0' as files"):
+        run_attacks(sources, LAYERS, data, configs, tmp_path / "a", quiet, {"seed": 0})
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_killed_run_goes_on(sources, data, tmp_path: Path, quiet, monkeypatch) -> None:
     configs = attack_configs(CHEAP, "small")
     whole = run_attacks(sources, LAYERS, data, configs, tmp_path / "a", quiet, {"seed": 0})

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from libortho import OrthoLinear, SpectralConfig, replace_linear_layers, separation_report
+from libortho import (
+    CurvatureConfig,
+    OrthoLinear,
+    SaliencyConfig,
+    SpectralConfig,
+    replace_linear_layers,
+    separation_report,
+)
 from libortho.base import Int4Base, quantize
 from libortho.base.grid import CLIPS, choose_grid
 from libortho.config import BaseConfig
@@ -257,8 +264,10 @@ def test_replace_linear_layers(tiny_llama, random_tokens) -> None:
         replace_linear_layers(model, ("q_proj",), storage="int4")
 
 
-def test_spectral_has_no_data_for_error_feedback() -> None:
-    with pytest.raises(ValueError, match="spectral method looks at none"):
-        SpectralConfig(base=config(rounding="error_feedback"))
+def test_methods_without_a_moment_refuse_error_feedback() -> None:
+    for method in (SpectralConfig, SaliencyConfig, CurvatureConfig):
+        with pytest.raises(ValueError, match=r"needs a second moment .* method takes none"):
+            method(base=config(rounding="error_feedback"))
+        method(base=config(rounding="nearest"))
     with pytest.raises(ValueError, match="second moment"):
         quantize(torch.randn(2, 8), config(rounding="error_feedback"))

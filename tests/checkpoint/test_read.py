@@ -15,7 +15,8 @@ from torch import nn
 from libortho import BaseConfig, CheckpointError, OrthoLinear, separation_report, set_alpha
 from libortho.alpha import ortho_layers
 from libortho.base import quantize
-from libortho.checkpoint import load_split, save_split, verify_split
+from libortho.checkpoint import OrthoKey, load_split, save_split, verify_split
+from libortho.integrations import transformers as integration
 from libortho.linear import install, read_linear, select_linear
 from libortho.ortho import LowRankOrtho, SparseOrtho
 
@@ -232,3 +233,39 @@ def test_not_a_folder(copy: Path) -> None:
         load_split(copy / "nowhere")
     with pytest.raises(CheckpointError, match="is not a folder"):
         load_split(copy / "config.json")
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_folder_that_is_replaced_while_it_is_loaded(
+    split_model, sealed: bool, tmp_path: Path, monkeypatch
+) -> None:
+    """Another split of the same shapes takes its place between the check and the reading."""
+    if sealed:
+        pytest.importorskip("cryptography")
+    key = OrthoKey(bytes(range(32))) if sealed else None
+    save_split(split_model(), tmp_path / "m", key=key)
+    save_split(split_model(seed=1), tmp_path / "other", key=key)
+    prepare = integration.prepare
+
+    def replaced(*arguments: Any) -> None:
+        prepare(*arguments)
+        (tmp_path / "m").rename(tmp_path / "old")
+        (tmp_path / "other").rename(tmp_path / "m")
+
+    monkeypatch.setattr(integration, "prepare", replaced)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: another .* load it again"):
+        load_split(tmp_path / "m", key=key)
+    monkeypatch.undo()
+    load_split(tmp_path / "m", key=key)
+
+
+def test_a_file_that_goes_while_it_is_loaded(copy: Path, monkeypatch) -> None:
+    finish = integration.finish
+
+    def gone(*arguments: Any) -> None:
+        (copy / "ortho.safetensors").unlink()
+        finish(*arguments)
+
+    monkeypatch.setattr(integration, "finish", gone)
+    with pytest.raises(CheckpointError, match=r"ortho\.safetensors: another file than when"):
+        load_split(copy)

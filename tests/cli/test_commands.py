@@ -208,6 +208,24 @@ def test_bad_arguments_are_one_line_and_leave_nothing(folder: Path, more, told: 
     assert not (folder / "split").exists()
 
 
+def test_a_key_that_cannot_be_read_is_told_before_the_work(folder: Path, monkeypatch) -> None:
+    from libortho.cli.commands import separate as command
+    from libortho.evaluation import tofu as job
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("hours of work")
+
+    monkeypatch.setattr(command, "separate_", fail)
+    monkeypatch.setattr(job, "SeedRun", fail)
+    key = ["--ortho-key-file", folder / "nope.key"]
+    sets = ["--retain", folder / "retain.jsonl", "--forget", folder / "forget.jsonl"]
+    for arguments in (["separate", folder / "model", *sets], ["tofu", "--model", folder / "model"]):
+        made = run(*key, *arguments, "--out", folder / "out")
+        assert made.exit_code == 2, made.output
+        assert "nope.key" in "".join(made.output.split())
+        assert not (folder / "out").exists()
+
+
 @pytest.mark.parametrize("method", ["geometric", "spectral"])
 @pytest.mark.parametrize("base", ["int4", "fp16"])
 def test_base_storage(folder: Path, method: str, base: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 
 from libortho import OrthoLinear
 from libortho.base import quantize
-from libortho.checkpoint import save_split
+from libortho.checkpoint import OrthoKey, encrypt_split, save_split
 from libortho.cli import app
 from libortho.linear import install, read_linear, select_linear
 from libortho.ortho import LowRankOrtho
@@ -82,6 +84,45 @@ def test_a_checkpoint_without_its_memory(export, checkpoint: Path) -> None:
         assert export("--to", target, "--base-only", out=target).exit_code == 0
     assert export("--to", "dense", "--alpha", 1).exit_code == 2
     assert export("--to", "dense", out="dense").exit_code == 0
+
+
+def test_the_base_of_a_locked_split_needs_no_key(export, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    assert export("--to", "dense", out="before").exit_code == 0
+    encrypt_split(checkpoint, OrthoKey(bytes(range(32))))
+    made = export("--to", "dense", out="after")
+    assert made.exit_code == 0, made.output
+    before, after = (tmp_path / x / "model.safetensors" for x in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
+    assert export("--to", "peft", "--base-only", out="peft").exit_code == 0
+    refused = export("--to", "dense", "--alpha", 0.5, out="more")
+    assert refused.exit_code == 2
+    assert "is locked" in " ".join(refused.output.split())
+
+
+def test_only_what_holds_the_memory_is_its_owners_alone(export, tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        for number, options in enumerate(
+            (["dense"], ["dense", "--alpha", 1], ["peft"], ["compressed-tensors"])
+        ):
+            made = export("--to", *options, out=str(number))
+            assert made.exit_code == 0, made.output
+    finally:
+        os.umask(umask)
+    modes = {
+        path.relative_to(tmp_path).as_posix(): stat.S_IMODE(path.stat().st_mode)
+        for number in range(4)
+        for path in (tmp_path / str(number)).rglob("*.safetensors")
+    }
+    assert modes == {
+        "0/model.safetensors": 0o644,
+        "1/model.safetensors": 0o600,
+        "2/base/model.safetensors": 0o644,
+        "2/ortho/adapter_model.safetensors": 0o600,
+        "3/base/model.safetensors": 0o644,
+        "3/ortho/adapter_model.safetensors": 0o600,
+    }
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_the_job_measures_every_model(job: TofuJob, tmp_path: Path) -> None:
     load_split(folder / "split")
     # What it rehearsed itself, to cache it, is wanted as what `separate_` would have rehearsed.
     assert summary["separation"]["settings"]["earlier"] == "rehearsed"
+    assert summary["separation"]["settings"]["template"] == job.template
 
     write_summary(summary, folder)
     assert json.loads((folder / "summary.json").read_text())["rows"] == rows

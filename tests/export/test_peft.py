@@ -14,6 +14,7 @@ from libortho import BaseConfig, OrthoStreamMissing
 from libortho.alpha import ortho_layers
 from libortho.export import PeftExport, export_split
 from libortho.ortho import LowRankOrtho, SparseOrtho
+from libortho.serve.vllm_process import find_adapters
 
 peft = pytest.importorskip("peft")
 
@@ -99,6 +100,19 @@ def test_a_bf16_model(split, tiny_llama, logits, load, tmp_path: Path) -> None:
             with exported.disable_adapter():
                 found = logits(exported)
         assert float((found - wanted).norm() / wanted.norm()) < 0.03
+
+
+def test_no_alpha_is_rounded_in_a_name(split, tiny_llama, tmp_path: Path) -> None:
+    alphas = (0.3333333, 0.33333331, 1e-7)
+    report = export_split(split(tiny_llama()), tmp_path / "out", PeftExport(alphas=alphas))
+    assert report.adapters == {
+        "ortho-0.3333333": alphas[0],
+        "ortho-0.33333331": alphas[1],
+        "ortho-1e-07": alphas[2],
+    }
+    assert {alpha: p.name for alpha, p in find_adapters(tmp_path / "out").items()} == {
+        alpha: name for name, alpha in report.adapters.items()
+    }
 
 
 def test_the_files(split, tiny_llama, tokenizer, read_json, tmp_path: Path) -> None:

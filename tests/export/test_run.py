@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from libortho import LibOrthoError
-from libortho.checkpoint import save_split
+from libortho.checkpoint import load_split, read_manifest, save_split, strip
 from libortho.export import TARGETS, DenseExport, PeftExport, export_split, registry
 from libortho.export.registry import Target, register
+from libortho.export.run import check_made_from
 
 
 def test_targets() -> None:
@@ -34,6 +36,25 @@ def test_never_over_something(split, tiny_llama, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     export_split(model, tmp_path / "empty", DenseExport())
     assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_an_export_says_of_which_split_it_is(split, tiny_llama, tmp_path: Path) -> None:
+    model, other = split(tiny_llama()), split(tiny_llama(), targets=("down_proj",))
+    save_split(model, tmp_path / "split")
+    save_split(other, tmp_path / "other")
+    strip(tmp_path / "split", tmp_path / "base")
+    loaded = load_split(tmp_path / "split", dtype=torch.bfloat16)
+    for number, (made, alphas) in enumerate([(model, (1.0,)), (loaded, (1.0,)), (loaded, ())]):
+        out = tmp_path / f"export-{number}"
+        report = export_split(made, out, PeftExport(alphas=alphas))
+        assert report.streams_sha256 == read_manifest(tmp_path / "split").streams_sha256
+        check_made_from(out, tmp_path / "split")
+        check_made_from(out, tmp_path / "base")
+        with pytest.raises(ValueError, match=r"those of .*other have .* not of one split"):
+            check_made_from(out, tmp_path / "other")
+    (out / "libortho_export.json").unlink()
+    with pytest.raises(ValueError, match=r"does not say which split .* export again"):
+        check_made_from(out, tmp_path / "split")
 
 
 def test_all_or_nothing(split, tiny_llama, tmp_path: Path, monkeypatch) -> None:

@@ -204,6 +204,11 @@ def test_unknown_config(memorised, unknown: object) -> None:
             separate_(m.model, m.forget, m.retain, given())
 
 
+def test_an_unknown_template() -> None:
+    with pytest.raises(ValueError, match="template='Chat': expected one of 'plain', 'chat'"):
+        SeparationConfig(template="Chat")  # type: ignore[arg-type]
+
+
 def test_a_model_in_training_mode(random_tokens, config) -> None:
     """Dropout must not decide what is forgotten, and the mode is the caller's."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -35,6 +35,7 @@ def test_report(memorised, config, split_names) -> None:
     assert [layer["name"] for layer in plain["layers"]] == layers
     assert plain["settings"]["method"]["ortho_ratio"] == 0.2
     assert plain["settings"]["method"]["kind"] == "GeometricConfig"
+    assert plain["settings"]["template"] == "plain"
     totals = plain["totals"]
     assert totals["density"] == pytest.approx(report.density)
     stored = sum(layer.nbytes for n in layers for layer in [m.model.get_submodule(n).ortho])

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -48,6 +53,52 @@ def test_match_finds_the_key_and_compares_all_in_constant_time(monkeypatch) -> N
 def policy_with(more: str = "", **values: object) -> str:
     lines = {"id": '"clinic"', "sha256": f'"{digest("lo-k")}"', "max_alpha": "0.5", **values}
     return "version = 1\n" + more + "[[keys]]\n" + "\n".join(f"{k} = {v}" for k, v in lines.items())
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o644, 0o600])
+def test_a_policy_file_stays_what_it_was(tmp_path: Path, mode: int) -> None:
+    kept, link = tmp_path / "kept" / "policy.toml", tmp_path / "policy.toml"
+    kept.parent.mkdir()
+    kept.write_text(policy_with())
+    kept.chmod(mode)
+    link.symlink_to(kept)
+    append_entry(link, toml_entry("a", mint(), 1.0, 5))
+    assert link.is_symlink()
+    assert [rule.id for rule in read_policy(kept).keys] == ["clinic", "a"]
+    assert stat.S_IMODE(kept.stat().st_mode) == mode
+    assert [p.name for p in kept.parent.iterdir()] == ["policy.toml"]
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only root may chown")
+def test_a_policy_file_keeps_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(policy_with())
+    os.chown(path, 1234, 2345)
+    append_entry(path, toml_entry("a", mint(), 1.0, 5))
+    assert (path.stat().st_uid, path.stat().st_gid) == (1234, 2345)
+
+
+def test_a_new_policy_file_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "policy.toml"
+    append_entry(path, toml_entry("a", mint(), 1.0, 5))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_keys_that_are_made_at_once_are_all_kept(tmp_path: Path, monkeypatch) -> None:
+    import libortho.serve.policy as module
+
+    path = tmp_path / "policy.toml"
+
+    def slowly(text: str) -> Policy:
+        time.sleep(0.02)  # between reading and writing
+        return parse_policy(text)
+
+    monkeypatch.setattr(module, "parse_policy", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: append_entry(path, toml_entry(f"k{i}", mint(), 1.0, 5)), range(8)))
+    monkeypatch.undo()
+    assert {rule.id for rule in read_policy(path).keys} == {f"k{i}" for i in range(8)}
 
 
 def test_who_is_who() -> None:

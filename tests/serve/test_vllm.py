@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -27,7 +28,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from typer.testing import CliRunner
 
+from libortho.cli import app
 from libortho.serve.engine_vllm import VllmEngine, parse_adapters
 from libortho.serve.limits import Limits
 from libortho.serve.vllm_process import find_adapters, program, serve_command, vllm_server
@@ -252,9 +255,16 @@ def export(tmp_path) -> Path:
     folder = tmp_path / "export"
     (folder / "base").mkdir(parents=True)
     (folder / "base" / "config.json").write_text("{}")
-    for name, rank in (("ortho", 12), ("ortho-0.5", 3)):
+    for name, alpha, rank in (("ortho", 1, 12), ("ortho-0.5", 0.5, 3)):
         (folder / name).mkdir()
-        config = {"r": 2, "rank_pattern": {"model.layers.0.mlp.down_proj": rank}}
+        layer = "model.layers.0.mlp.down_proj"
+        config = {
+            "peft_type": "LORA",
+            "r": 2,
+            "lora_alpha": 2 * alpha,
+            "rank_pattern": {layer: rank},
+            "alpha_pattern": {layer: rank * alpha},
+        }
         (folder / name / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -290,6 +300,50 @@ def test_an_export_is_served_on_this_machine_alone(export, command_line) -> None
     (export / "ortho" / "adapter_config.json").write_text('{"r": 600}')
     with pytest.raises(ValueError, match="rank 600: vLLM takes at most 512"):
         serve_command(export, adapters, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, r"its name says alpha 0\.5, its scale \(lora_alpha / r\) is 1\.0"),
+        ({"lora_alpha": 1}, r"its name says alpha 0\.5, .* is 1\.0"),  # in one layer still
+        ({"lora_alpha": 1, "alpha_pattern": None}, r"its name says alpha 0\.5, .* is 0\.08"),
+        ({"use_rslora": True}, "expected a plain LoRA adapter"),
+        ({"peft_type": "SHIRA"}, "expected a plain LoRA adapter"),
+    ],
+)
+def test_the_name_of_an_adapter_is_not_taken_at_its_word(export, change, told) -> None:
+    shutil.rmtree(export / "ortho-0.5")
+    (export / "ortho").rename(export / "ortho-0.5")
+    path = export / "ortho-0.5" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"ortho-0.5: {told}"):
+        find_adapters(export)
+
+
+def test_an_alpha_has_one_adapter(export) -> None:
+    shutil.copytree(export / "ortho", export / "ortho-1.0")
+    with pytest.raises(ValueError, match=r"ortho-1\.0: ortho has alpha 1\.0 already"):
+        find_adapters(export)
+
+
+@pytest.mark.parametrize(
+    ("report", "told"),
+    [
+        (None, "does not say which split"),
+        ({"libortho": "0.1.0", "target": "peft"}, "does not say which split"),
+        ({"streams_sha256": "0" * 64}, "the sha256 000000000000..., those of"),
+    ],
+)
+def test_an_export_of_another_split_is_not_served(export, canary, report, told) -> None:
+    if report is not None:
+        (export / "libortho_export.json").write_text(json.dumps(report))
+    arguments = ["serve", str(canary), "--engine", "vllm", "--export", str(export)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2, done.output
+    said = " ".join(done.output.split())
+    assert told in said
+    assert "export again" in said
 
 
 def test_which_vllm_it_is(command_line, monkeypatch) -> None:

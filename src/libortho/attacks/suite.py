@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,10 @@ def run_attacks(
 
     Raises:
         FileExistsError: `folder` holds something else.
-        ValueError, OSError: as the loading of models does.
+        ValueError: two sources whose names are one name of a file; or, with OSError, as the loading
+            of models does.
     """
+    _check_names(sources)
     store = JobFolder(folder, _identity(sources, layers, data, configs, described))
     results: dict[str, Any] = {name: {"scores": {}, "missing": {}} for name in configs}
     seconds: dict[str, dict[str, float]] = {name: {} for name in configs}
@@ -107,6 +109,18 @@ def run_attacks(
     }
     write_json(folder / "attacks.json", summary)
     return summary
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """What is kept of two models must not be one file: one would be shown with the other's."""
+    taken: dict[str, str] = {}
+    for name in names:
+        other = taken.setdefault(slug(name), name)
+        if other != name:
+            raise ValueError(
+                f"models {other!r} and {name!r} are both {slug(name)!r} as files: expected names "
+                "that differ in more than spaces and hyphens"
+            )
 
 
 def _named(who: str, attack: str, progress: Progress) -> Progress:

@@ -26,7 +26,12 @@ KEY_BYTES = 32
 KEY_VARIABLE = "LIBORTHO_ORTHO_KEY"
 FILE_VARIABLE = "LIBORTHO_ORTHO_KEY_FILE"
 COMMAND_VARIABLE = "LIBORTHO_ORTHO_KEY_COMMAND"
-VARIABLES = (FILE_VARIABLE, KEY_VARIABLE, COMMAND_VARIABLE)
+_EXPECTED = {
+    FILE_VARIABLE: "the path of a key file",
+    KEY_VARIABLE: "64 hexadecimal digits",
+    COMMAND_VARIABLE: "a command that prints 64 hexadecimal digits",
+}
+VARIABLES = tuple(_EXPECTED)
 
 
 @dataclass(frozen=True)
@@ -86,10 +91,16 @@ class OrthoKey:
         """From the one of LIBORTHO_ORTHO_KEY_FILE, _KEY, _KEY_COMMAND that is set; else None.
 
         Raises:
-            ValueError: more than one is set, or what it leads to is no key.
+            ValueError: more than one is set, one is empty, or what it leads to is no key.
             OSError: the file cannot be read.
         """
-        given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+        given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+        for name, value in given.items():
+            # Somebody meant a key to be used; to go on without one would write the memory plain.
+            if not value.strip():
+                raise ValueError(
+                    f"{name} is set and empty: expected {_EXPECTED[name]}, or no such variable"
+                )
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are set: expected one of them")
         if FILE_VARIABLE in given:

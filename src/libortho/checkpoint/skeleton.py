@@ -20,7 +20,7 @@ from libortho.checkpoint.reports import read_reports
 from libortho.checkpoint.schema import blame, read_object
 from libortho.checkpoint.streams import base_names, make_base, make_ortho, ortho_names
 from libortho.checkpoint.tensorfile import DTYPES, TensorEntry, read_tensor
-from libortho.checkpoint.verify import Verified
+from libortho.checkpoint.verify import Verified, check_unchanged
 from libortho.errors import CheckpointError
 from libortho.layer import OrthoLinear
 from libortho.linear import install, is_conv1d
@@ -106,8 +106,10 @@ def finish(model: PreTrainedModel, found: Verified, dtype: torch.dtype) -> None:
         found, dtype: as of `prepare`.
 
     Raises:
-        CheckpointError: a stream's tensor was not loaded, or not as it was stored.
+        CheckpointError: a stream's tensor was not loaded, or not as it was stored, or not from the
+            files that were checked.
     """
+    check_unchanged(found)
     if found.sealed and found.ortho is not None:
         for name, kind in found.ortho.layers.items():
             layer = model.get_submodule(name)

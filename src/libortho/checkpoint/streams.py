@@ -27,8 +27,9 @@ from torch import Tensor
 
 from libortho.base import BaseStream, HalfBase, Int4Base, Int8Base
 from libortho.checkpoint.manifest import LayerEntry, OrthoKind
-from libortho.checkpoint.tensorfile import TensorEntry
+from libortho.checkpoint.tensorfile import TensorEntry, digest, entries_of
 from libortho.config import Storage
+from libortho.layer import OrthoLinear
 from libortho.ortho import LowRankOrtho, OrthoStream, SparseOrtho
 
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -64,6 +65,16 @@ def streams_of(
     """The tensors of the layers' base streams among `entries`, which has them all."""
     names = (full for name, layer in layers.items() for full in base_names(name, layer).values())
     return {name: entries[name] for name in names}
+
+
+def streams_digest(layers: Mapping[str, OrthoLinear]) -> str:
+    """The `streams_sha256` that the manifest of a model with these split layers has."""
+    tensors = {}
+    for name, layer in layers.items():
+        entry = LayerEntry(layer.base.shape, storage_of(layer.base, name))
+        for part, full in base_names(name, entry).items():
+            tensors[full] = getattr(layer.base, part)
+    return digest(entries_of(tensors))
 
 
 def ortho_names(name: str, kind: OrthoKind) -> dict[str, str]:

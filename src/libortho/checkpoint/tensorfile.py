@@ -60,7 +60,8 @@ class TensorEntry:
         dtype: as safetensors names it ("F32", "BF16", "I8", "U8").
         shape: its dimensions.
         start, stop: where its bytes lie in the file.
-        content: of an encrypted file, the file's content, in which they lie; in no repr.
+        content: of an encrypted file, or of a tensor in memory, the content in which they lie; in
+            no repr.
     """
 
     file: Path
@@ -68,7 +69,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     stop: int
-    content: bytes | None = field(default=None, repr=False)
+    content: bytes | memoryview | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -113,6 +114,23 @@ def read_entries(path: Path, content: bytes | None = None) -> dict[str, TensorEn
         start, stop = (8 + length + offset for offset in part["data_offsets"])
         shape = tuple(part["shape"])
         entries[name] = TensorEntry(path, part["dtype"], shape, start, stop, content)
+    return entries
+
+
+def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
+    """Tensors in memory as `read_entries` would give them once they are saved; copies none on CPU.
+
+    Args:
+        tensors: by name, of dtypes in `DTYPES`.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    entries = {}
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        shape = tuple(tensor.shape)
+        entries[name] = TensorEntry(
+            Path(), names[tensor.dtype], shape, 0, flat.numel(), flat.numpy().data
+        )
     return entries
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from libortho.checkpoint.keys import OrthoKey, current_access, ortho_access
@@ -28,6 +28,9 @@ from libortho.checkpoint.streams import (
 from libortho.checkpoint.tensorfile import TensorEntry, digest, read_entries, read_tensor
 from libortho.errors import CheckpointError
 
+Stamp = tuple[int, int, int, int]
+"""Device, inode, bytes and time of the last change of a file."""
+
 
 @dataclass(frozen=True)
 class Verified:
@@ -39,6 +42,7 @@ class Verified:
         ortho: of its ortho stream, None in a base-only deployment, or where it was left alone.
         base_tensors, ortho_tensors: name -> what is stored of that name.
         locked: there is an ortho stream, and it was left alone (`load_split(base_only=True)`).
+        stamps: file -> what tells it from another of its name; from before it was read.
     """
 
     folder: Path
@@ -47,6 +51,7 @@ class Verified:
     base_tensors: dict[str, TensorEntry]
     ortho_tensors: dict[str, TensorEntry]
     locked: bool = False
+    stamps: dict[Path, Stamp | None] = field(default_factory=dict)
 
     @property
     def sealed(self) -> bool:
@@ -80,12 +85,40 @@ def verify_split(folder: PathLike, *, key: OrthoKey | None = None) -> Verified:
 def check_split(folder: PathLike) -> Verified:
     """What is checked whenever a checkpoint is loaded: all but the digest of the whole base."""
     folder = Path(folder)
-    found = check_files(folder, read_manifest(folder))
+    manifest = read_manifest(folder)
+    stamps = {path: _stamp(path) for path in _tensor_files(folder)}
+    found = replace(check_files(folder, manifest), stamps=stamps)
     streams = streams_of(found.manifest.layers, found.base_tensors)
     check_digest(folder / CONFIG, "base", found.manifest.streams_sha256, streams)
     if found.ortho is not None:
         check_digest(folder / ORTHO_CONFIG, "ortho", found.ortho.ortho_sha256, found.ortho_tensors)
     return found
+
+
+def check_unchanged(found: Verified) -> None:
+    """Raise CheckpointError unless the files of a checkpoint are still those that were checked.
+
+    For who reads them a second time: `save_split` may have put another checkpoint in their place.
+    """
+    for path, stamp in found.stamps.items():
+        if _stamp(path) != stamp:
+            raise CheckpointError(
+                f"{path}: another file than when it was checked: the checkpoint was replaced or "
+                "changed while it was loaded; load it again"
+            )
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    ortho = None if current_access().base_only else ortho_file(folder)
+    return [*base_files(folder), *([] if ortho is None else [ortho])]
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def check_files(folder: Path, manifest: Manifest) -> Verified:

@@ -113,6 +113,8 @@ def save_split(
     report = report or libortho.separation_report(model)
     folder = Path(folder)
     with ortho_access(key), replacing(folder, partial) as partial:
+        # Before gigabytes are written: a key that cannot be read leaves nothing to write.
+        key_in_use = current_access().find_key() if kinds else None
         _write_base(partial, base, stored, max_shard_size)
         written = read_base(partial)
         manifest = Manifest(
@@ -131,7 +133,6 @@ def save_split(
         config.quantization_config = manifest.to_dict()
         config.save_pretrained(str(partial))
         if kinds:
-            key_in_use = current_access().find_key()
             _write_ortho(partial, model, kinds, stored, manifest, key_in_use)
         if report.layers:
             _write_text(partial / REPORT, report_text(report))

@@ -85,7 +85,9 @@ def export(
         check_new(out)
         with progress_bars() as progress:
             progress(f"export to {to}", 0, 1)
-            model = load_split(folder, base_only=base_only)
+            # A dense model at alpha 0 is the base alone too, and needs no key for the rest.
+            alone = base_only or getattr(config, "alpha", None) == 0
+            model = load_split(folder, base_only=alone)
             report = export_split(model, out, config, tokenizer=_tokenizer(folder))
             progress(f"export to {to}", 1, 1)
         write_json(json_file, report.to_dict())

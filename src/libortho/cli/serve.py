@@ -226,6 +226,7 @@ def _vllm(
     limits: Limits,
     held: ExitStack,
 ) -> Engine:
+    from libortho.export.run import check_made_from
     from libortho.serve.engine_vllm import VllmEngine, parse_adapters
     from libortho.serve.vllm_process import BASE, find_adapters, vllm_server
 
@@ -233,6 +234,7 @@ def _vllm(
         if upstream or base or adapters:
             raise ValueError("--export starts a server: --upstream, --base, --adapter name another")
         found = find_adapters(export)
+        check_made_from(export, folder)
         url = held.enter_context(vllm_server(export, found, more))
         named = {alpha: place.name for alpha, place in found.items()}
         return VllmEngine(folder, url, BASE, named, limits)

@@ -146,6 +146,8 @@ class SeedRun:
                 made = fine_tuned(self.job.model, items, REHEARSAL, "rehearsal", self.tell)
                 before, rehearsing = made.load(), made.seconds or 0.0
                 config = dataclasses.replace(config, earlier="rehearsed")
+        # Of the sets, which are encoded already: said, so that the report has it.
+        config = dataclasses.replace(config, template=self.job.template)
         clock = time.perf_counter()
         with PeakMemory() as memory:
             report = separate_(

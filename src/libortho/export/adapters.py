@@ -49,7 +49,7 @@ def check_alphas(alphas: Sequence[float]) -> tuple[float, ...]:
 
 def adapter_name(alpha: float) -> str:
     """The folder, and the name by which it is served, of the adapter with this alpha."""
-    return "ortho" if alpha == 1 else f"ortho-{alpha:g}"
+    return "ortho" if alpha == 1 else f"ortho-{alpha!r}"
 
 
 def streams(model: PreTrainedModel) -> dict[str, LowRankOrtho] | dict[str, SparseOrtho]:

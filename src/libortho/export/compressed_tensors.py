@@ -102,7 +102,7 @@ def write_compressed_tensors(
         if isinstance(module, nn.Linear) and name not in layers
     ]
     stored.config.quantization_config = quantization_config(config.activations, group, ignore)
-    save_plain(stored, folder / BASE, tokenizer)
+    save_plain(stored, folder / BASE, tokenizer, private=False)
     return ExportReport(
         target="compressed-tensors",
         layers=len(layers),

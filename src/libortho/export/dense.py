@@ -42,7 +42,7 @@ def write_dense(
     plain, error = plain_model(
         model, lambda name, layer: layer.effective_weight(config.alpha), config.dtype
     )
-    save_plain(plain, folder, tokenizer)
+    save_plain(plain, folder, tokenizer, private=config.alpha > 0)
     held = "" if config.alpha == 0 else f": the memory is in these files, at alpha {config.alpha:g}"
     return ExportReport(
         target="dense",

@@ -51,7 +51,7 @@ def write_peft(
     # The adapters first: what makes them impossible is found before gigabytes are written.
     adapters, rank = write_adapters(model, folder, config.alphas, conv1d_names(model))
     plain, error = plain_model(model, lambda name, layer: layer.base.dequantize(), config.dtype)
-    save_plain(plain, folder / BASE, tokenizer)
+    save_plain(plain, folder / BASE, tokenizer, private=False)
     return ExportReport(
         target="peft",
         layers=len(ortho_layers(model)),

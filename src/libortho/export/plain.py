@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from libortho.alpha import ortho_layers
+from libortho.checkpoint.names import CONFIG
 from libortho.config import FactorDtype, check_choice
 from libortho.layer import OrthoLinear
 from libortho.linear import is_conv1d
@@ -132,11 +134,27 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def save_plain(
-    plain: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None
+    plain: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    private: bool,
 ) -> None:
-    """Write an ordinary model and, if given, its tokenizer; `folder` may be there or not."""
+    """Write an ordinary model and, if given, its tokenizer; `folder` may be there or not.
+
+    Args:
+        plain: the model.
+        folder: where.
+        tokenizer: written beside it.
+        private: the weights hold the memory: their files are their owner's alone. Else they are as
+            open as the other files, by the umask.
+    """
     with _any_generation_config(plain, folder):
         plain.save_pretrained(str(folder))
+    # safetensors creates its files closed to others, whatever is in them.
+    mode = 0o600 if private else stat.S_IMODE((folder / CONFIG).stat().st_mode)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
 

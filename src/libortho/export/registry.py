@@ -34,6 +34,7 @@ class ExportReport:
         max_rank: the largest rank of a LoRA adapter (vLLM's `max_lora_rank` must reach it); None
             where there is none.
         notes: what a user has to know about these files.
+        streams_sha256: of the split that it was made from, as that split's manifest has it.
     """
 
     target: str
@@ -43,6 +44,7 @@ class ExportReport:
     empty: tuple[str, ...] = ()
     max_rank: int | None = None
     notes: tuple[str, ...] = ()
+    streams_sha256: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""

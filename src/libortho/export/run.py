@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from libortho._version import __version__
 from libortho.alpha import ortho_layers
 from libortho.checkpoint.atomic import check_writable, replacing
+from libortho.checkpoint.manifest import read_manifest
+from libortho.checkpoint.names import PathLike
+from libortho.checkpoint.schema import blame, read_object
+from libortho.checkpoint.streams import streams_digest
 from libortho.export.registry import ExportReport, target_of
 
 if TYPE_CHECKING:
@@ -20,7 +24,7 @@ REPORT = "libortho_export.json"
 
 def export_split(
     model: PreTrainedModel,
-    out: str | os.PathLike[str],
+    out: PathLike,
     config: Any,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -50,18 +54,45 @@ def export_split(
     target = target_of(config)
     if not isinstance(model, Expected):
         raise TypeError(f"model is a {type(model).__name__}: expected a transformers model")
-    ortho_layers(model)
+    layers = ortho_layers(model)
     out = Path(out)
     check_new(out)
     with replacing(out) as partial:
         report = target.write(model, partial, config, tokenizer)
+        report = dataclasses.replace(report, streams_sha256=streams_digest(layers))
         text = json.dumps({"libortho": __version__, **report.to_dict()}, indent=1)
         (partial / REPORT).write_text(text + "\n", encoding="utf-8")
         check_new(out)
     return report
 
 
-def check_new(out: str | os.PathLike[str]) -> None:
+def check_made_from(export: PathLike, folder: PathLike) -> None:
+    """Raise ValueError unless an export was made from this split checkpoint.
+
+    Args:
+        export: folder of the export.
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: it was made from another split, or it does not say from which.
+        CheckpointError: `folder` is no split checkpoint, or the export's report is no JSON.
+    """
+    report = Path(export) / REPORT
+    made_from = None
+    if report.is_file():
+        with blame(report):
+            made_from = read_object(report).get("streams_sha256")
+    if not made_from:
+        raise ValueError(f"{report} does not say which split {export} was made from: export again")
+    expected = read_manifest(folder).streams_sha256
+    if made_from != expected:
+        raise ValueError(
+            f"{export} was made from the split whose streams have the sha256 {made_from[:12]}..., "
+            f"those of {folder} have {expected[:12]}...: the two are not of one split; export again"
+        )
+
+
+def check_new(out: PathLike) -> None:
     """Raise now what `export_split` would raise of `out` after its work.
 
     Raises:

@@ -23,7 +23,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from libortho.config import BaseConfig, FactorDtype, check_choice, check_fraction
+from libortho.config import (
+    BaseConfig,
+    FactorDtype,
+    check_choice,
+    check_fraction,
+    check_takes_no_moment,
+)
 from libortho.methods.registry import register
 
 
@@ -34,7 +40,7 @@ class CurvatureConfig:
     Attributes:
         ortho_ratio: budget, ortho numbers over the parameters of all targeted layers, a fraction.
         kept_mass: rho, share of each layer's curvature whose entries count as general, a fraction.
-        base: how the base is stored.
+        base: how the base is stored; not by error feedback, for which no moment is taken.
         ortho_dtype: dtype of the factors.
         seed: of sampled labels.
     """
@@ -49,6 +55,7 @@ class CurvatureConfig:
         check_fraction("ortho_ratio", self.ortho_ratio)
         check_fraction("kept_mass", self.kept_mass)
         check_choice("ortho_dtype", self.ortho_dtype, FactorDtype)
+        check_takes_no_moment(self.base, "curvature")
 
 
 def leading_products(rows: Tensor, columns: Tensor, share: float) -> Tensor:

@@ -28,6 +28,7 @@ from libortho.config import (
     check_count,
     check_fraction,
     check_positive,
+    check_takes_no_moment,
 )
 from libortho.kernels import reference
 from libortho.methods.registry import register
@@ -50,7 +51,7 @@ class SaliencyConfig:
             model or unseen text says it; see `separate_`.
         tolerance: how far above its target the forget probability may end, as a fraction of the
             target (and by at most 0.05 in all), before the report calls it not reached.
-        base: how the base is stored.
+        base: how the base is stored; not by error feedback, for which no moment is taken.
         ortho_dtype: dtype of the CSR values.
         seed: of sampled labels and of the order of the retain text.
     """
@@ -76,6 +77,7 @@ class SaliencyConfig:
         check_count("retain_tokens", self.retain_tokens, 1)
         check_fraction("tolerance", self.tolerance, zero=True)
         check_choice("ortho_dtype", self.ortho_dtype, FactorDtype)
+        check_takes_no_moment(self.base, "saliency")
         if self.target_nll is not None:
             check_positive("target_nll", self.target_nll)
 

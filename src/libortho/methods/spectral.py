@@ -26,6 +26,7 @@ from libortho.config import (
     Svd,
     check_choice,
     check_fraction,
+    check_takes_no_moment,
 )
 from libortho.kernels.reference import row_blocks
 from libortho.linalg import low_rank_part, randomized_low_rank_part
@@ -97,11 +98,7 @@ class SpectralConfig:
         check_choice("selection", self.selection, Selection)
         check_choice("ortho_dtype", self.ortho_dtype, FactorDtype)
         check_fraction("fallback_error", self.fallback_error, zero=True)
-        if self.base.rounding == "error_feedback":
-            raise ValueError(
-                "base.rounding='error_feedback' needs data, and the spectral method looks at none: "
-                "expected 'nearest' or None"
-            )
+        check_takes_no_moment(self.base, "spectral")
 
 
 def rank_ratio_for(rank_ratio: RankRatio, names: Sequence[str]) -> dict[str, float]:

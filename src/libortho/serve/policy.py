@@ -17,6 +17,7 @@ An unknown setting is an error: a policy half understood could hand out a memory
 
 from __future__ import annotations
 
+import os
 import tomllib
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from libortho.errors import LibOrthoError
-from libortho.files import write_text
+from libortho.files import alone_in, rewrite_text
 from libortho.serve.keys import check_id, match
 
 ANONYMOUS = "anonymous"
@@ -168,14 +169,20 @@ def read_policy(path: Path) -> Policy:
 def append_entry(path: Path, entry: str) -> None:
     """Append a `[[keys]]` block to a policy file, made if missing; the result is checked first.
 
+    The file keeps its mode and its owner, and a symlink to it stays one. Of several processes that
+    append, one waits for the other.
+
     Raises:
         PolicyError: the file is not a policy, or would not be one with the entry.
         OSError: it cannot be read or written.
     """
-    old = path.read_text(encoding="utf-8") if path.exists() else "version = 1\n"
-    text = f"{old.rstrip()}\n\n{entry}"
-    try:
-        parse_policy(text)
-    except PolicyError as error:
-        raise PolicyError(f"{path}: {error}") from None
-    write_text(path, text)
+    folder = Path(os.path.realpath(path)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        old = path.read_text(encoding="utf-8") if path.exists() else "version = 1\n"
+        text = f"{old.rstrip()}\n\n{entry}"
+        try:
+            parse_policy(text)
+        except PolicyError as error:
+            raise PolicyError(f"{path}: {error}") from None
+        rewrite_text(path, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def find_adapters(export: Path) -> dict[float, Path]:
     """The adapters in an export's folder by alpha: `ortho` is 1, `ortho-0.5` is 0.5.
 
     Raises:
-        ValueError: no `base` there, or a folder `ortho-...` that names no alpha.
+        ValueError: no `base` there, a folder `ortho-...` that names no alpha, two that name one,
+            or one that holds no LoRA adapter of this alpha.
     """
     if not (export / BASE / "config.json").is_file():
         raise ValueError(f"{export} holds no {BASE}/config.json: expected the folder of an export")
@@ -45,8 +47,28 @@ def find_adapters(export: Path) -> dict[float, Path]:
             alpha = -1.0
         if not folder.is_dir() or not 0 < alpha <= 1:
             raise ValueError(f"{folder}: expected a folder named ortho or ortho-ALPHA")
+        if alpha in found:
+            raise ValueError(f"{folder}: {found[alpha].name} has alpha {alpha} already")
+        _check_scale(folder, alpha)
         found[alpha] = folder
     return found
+
+
+def _check_scale(folder: Path, alpha: float) -> None:
+    """A folder's name says who may ask for it, and its config what it does: they must agree."""
+    config = _adapter_config(folder)
+    if config.get("peft_type") != "LORA" or config.get("use_rslora"):
+        raise ValueError(f"{folder}: expected a plain LoRA adapter, which is what vLLM computes")
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    pairs = [(config["lora_alpha"], config["r"])]
+    for key in ranks.keys() | alphas.keys():
+        pairs.append((alphas.get(key, config["lora_alpha"]), ranks.get(key, config["r"])))
+    for lora_alpha, rank in pairs:
+        if not math.isclose(lora_alpha / rank, alpha):
+            raise ValueError(
+                f"{folder}: its name says alpha {alpha}, its scale (lora_alpha / r) is "
+                f"{lora_alpha / rank}: expected the folder as it was exported"
+            )
 
 
 def program() -> list[str]:
@@ -170,8 +192,13 @@ def _leaving_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    return config
+
+
 def _rank(folder: Path) -> int:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = _adapter_config(folder)
     return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
 
 

@@ -116,6 +116,29 @@ def test_what_is_no_key(name: str, value: str, match: str, monkeypatch) -> None:
     assert SECRET[:8] not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", keys.VARIABLES)
+@pytest.mark.parametrize("value", ["", " \n"])
+def test_an_empty_variable_is_no_leave_to_write_plain(
+    split_model, name: str, value: str, tmp_path: Path, monkeypatch
+) -> None:
+    # What `${SECRET_PATH}` becomes in a unit or compose file where nobody set it.
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name} is set and empty: expected .*, or no such"):
+        split_model().save_pretrained(tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_key_is_looked_at_before_the_base_is_written(
+    split_model, tmp_path: Path, monkeypatch
+) -> None:
+    from libortho.checkpoint import write
+
+    monkeypatch.setattr(write, "_write_base", lambda *_: pytest.fail("the base was written first"))
+    monkeypatch.setenv(keys.FILE_VARIABLE, str(tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        split_model().save_pretrained(tmp_path / "m")
+
+
 def test_one_key_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert OrthoKey.from_environment() is None
     monkeypatch.setenv(keys.KEY_VARIABLE, SECRET)

@@ -9,6 +9,7 @@ import typer
 from transformers import AutoTokenizer
 
 from libortho.checkpoint import check_writable, save_split
+from libortho.checkpoint.keys import current_access
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
 from libortho.data.examples import read_jsonl
 from libortho.devices import check_device_map, offloaded
@@ -76,6 +77,7 @@ def run_separate(
         if value is not None and not looked_at:
             raise ValueError(f"{option}: method {method_of(config.method)} does not look at it")
     check_writable(out)
+    current_access().find_key()
     forget_set = None if forget is None else read_jsonl(forget)
     check_sets(config, forget_set, before is not None)
     retain_set = read_jsonl(retain)
