@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import secrets
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -226,21 +228,23 @@ def _vllm(
     limits: Limits,
     held: ExitStack,
 ) -> Engine:
-    from libortho.serve.engine_vllm import VllmEngine, parse_adapters
+    from libortho.serve.engine_vllm import API_KEY_VARIABLE, VllmEngine, parse_adapters
     from libortho.serve.vllm_process import BASE, find_adapters, vllm_server
 
+    key = os.environ.get(API_KEY_VARIABLE)
     if export is not None:
         if upstream or base or adapters:
             raise ValueError("--export starts a server: --upstream, --base, --adapter name another")
         found = find_adapters(export)
-        url = held.enter_context(vllm_server(export, found, more))
+        key = key or secrets.token_urlsafe(32)
+        url = held.enter_context(vllm_server(export, found, key, more))
         named = {alpha: place.name for alpha, place in found.items()}
-        return VllmEngine(folder, url, BASE, named, limits)
+        return VllmEngine(folder, url, BASE, named, limits, key)
     if more:
         raise ValueError("--vllm-options are for the server that --export starts")
     if upstream is None or base is None:
         raise ValueError("--engine vllm needs --export DIR, or --upstream URL and --base NAME")
-    return VllmEngine(folder, upstream, base, parse_adapters(adapters), limits)
+    return VllmEngine(folder, upstream, base, parse_adapters(adapters), limits, key)
 
 
 def _is_ipv6(host: str) -> bool:
