@@ -134,6 +134,46 @@ def test_scores_are_the_models_own(running, loaded, known) -> None:
     assert refused.status_code == 403
 
 
+def test_a_score_is_made_once_an_alpha_within_bounds_and_takes_turns(
+    serve, loaded, known, monkeypatch
+) -> None:
+    import libortho.serve.rows as rows
+
+    read: list[int] = []
+    done: list[str] = []
+    real_read, real_turn = rows.RunningRows.read, TransformersEngine._turn
+
+    def noted(self: Any, tokens: Any) -> Any:
+        read.append(len(tokens))
+        done.append("step")
+        return real_read(self, tokens)
+
+    def turn(self: Any) -> None:
+        done.append("turn")
+        real_turn(self)
+
+    monkeypatch.setattr(rows, "READ_AT_ONCE", 3)
+    monkeypatch.setattr(rows.RunningRows, "read", noted)
+    monkeypatch.setattr(TransformersEngine, "_turn", turn)
+    prompt, text = next((p, t) for (p, a), t in known.items() if a == 1)
+    words = text.split()
+    limits = Limits(rows=2, max_tokens=len(words))
+    body = {"model": "canary", "prompt": prompt, "completion": text, "alphas": [1, 0, 1, 1]}
+    headers = {"authorization": "Bearer lo-full"}
+    with serve(engine=TransformersEngine(loaded, limits), limits=limits) as server:
+        url = f"{server.url}/v1/score"
+        score = httpx2.post(url, json=body, headers=headers).json()
+        assert [row["alpha"] for row in score["data"]] == [1, 0, 1, 1]
+        assert score["data"][0]["logprobs"] == score["data"][3]["logprobs"]
+        assert len(score["data"][0]["logprobs"]) == len(words)
+        assert max(read) == 3
+        assert sum(read) == 2 * (len(words) - 1), "alpha 1 once, alpha 0 once"
+        assert "step,step" not in ",".join(done), "answers get their turn after every step"
+        longer = httpx2.post(url, json={**body, "completion": f"{text} one"}, headers=headers)
+        assert longer.status_code == 400
+        assert f"a completion of {len(words) + 1} tokens" in longer.json()["error"]["message"]
+
+
 def test_models_say_what_the_caller_may_have(running) -> None:
     for key, most in (("nobody", 0.0), ("half", 0.5), ("full", 1.0)):
         (card,) = running.client(key).models.list()

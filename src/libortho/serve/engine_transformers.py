@@ -11,16 +11,14 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from libortho.alpha import alpha_scope
-from libortho.data.tokens import Template, Tokens, collate
+from libortho.data.tokens import Template, Tokens
 from libortho.evaluation.generation import end_tokens
-from libortho.scoring import token_nll
 from libortho.serve.engine import (
     Answer,
     Finish,
@@ -35,8 +33,8 @@ from libortho.serve.errors import ApiError, alpha_not_served, bad_request
 from libortho.serve.limits import Limits
 from libortho.serve.loading import Loaded
 from libortho.serve.prompts import encode_prompt
-from libortho.serve.rows import RunningRows, check_model
-from libortho.serve.sampling import LEAST_LOGPROB, Chosen, Rule, choose
+from libortho.serve.rows import RunningRows, check_model, given_logprobs
+from libortho.serve.sampling import Chosen, Rule, choose
 from libortho.serve.text import TextStream
 
 log = logging.getLogger(__name__)
@@ -66,11 +64,17 @@ class _Row:
 
 @dataclass(eq=False)
 class _Job:
-    """A scoring, and where its result goes."""
+    """A scoring, how far it has got, and where its result goes.
 
-    ids: Tokens
-    alphas: tuple[float, ...]
-    future: asyncio.Future[list[list[float]]] = field(repr=False)
+    Attributes:
+        found: log-probabilities at each alpha, as they come.
+        steps: each runs the model once, within bounds.
+    """
+
+    tokens: Tokens
+    found: dict[float, list[float]]
+    future: asyncio.Future[dict[float, list[float]]] = field(repr=False)
+    steps: Iterator[None] = field(init=False, repr=False)
 
 
 class _Answer:
@@ -175,16 +179,24 @@ class TransformersEngine:
         return [row.answer for row in rows]
 
     async def score(self, work: Scoring) -> Scores:
-        """Score a continuation at several alphas, in one batch."""
+        """Score a continuation at several alphas, one after the other."""
         for alpha in work.alphas:
             self._check_alpha(alpha)
         head = self._encode(work)
         tail = tuple(self._tokenizer(work.completion, add_special_tokens=False).input_ids)
         if not tail:
             raise bad_request("the completion is empty: expected at least one token", "completion")
+        if len(tail) > self._limits.max_tokens:
+            raise bad_request(
+                f"a completion of {len(tail)} tokens: expected at most {self._limits.max_tokens}",
+                "completion",
+                "context_length_exceeded",
+            )
         self._check_length(len(head) + len(tail))
         assert self._loop is not None
-        job = _Job(Tokens((*head, *tail), len(head)), work.alphas, self._loop.create_future())
+        found: dict[float, list[float]] = {alpha: [] for alpha in work.alphas}
+        job = _Job(Tokens((*head, *tail), len(head)), found, self._loop.create_future())
+        job.steps = self._steps(job)
         with self._wake:
             self._check_open()
             if len(self._jobs) >= self._limits.queue:
@@ -192,10 +204,11 @@ class TransformersEngine:
             self._jobs.append(job)
             self._wake.notify()
         logprobs = await job.future
+        rows = tuple(tuple(logprobs[alpha]) for alpha in work.alphas)
         text = TextStream(self._tokenizer)
         tokens = [text.push(token) for token in tail]
         tokens[-1] += text.finish()
-        return Scores(tuple(tokens), tuple(tuple(row) for row in logprobs), len(head))
+        return Scores(tuple(tokens), rows, len(head))
 
     def _check_open(self) -> None:
         if not self.status().ready:
@@ -263,11 +276,12 @@ class TransformersEngine:
         self._fail(ApiError(503, "not_ready", STOPPED), waiting=True)
 
     def _turn(self) -> None:
-        """One scoring, if one waits; then one token for every row."""
+        """One step of a scoring, if one waits; then one token for every row."""
         with self._wake:
-            job = self._jobs.popleft() if self._jobs else None
-        if job is not None:
-            self._do(job)
+            job = self._jobs[0] if self._jobs else None
+        if job is not None and self._over(job):
+            with self._wake:
+                self._jobs.popleft()
         self._leave()
         joining = self._joining()
         if joining:
@@ -339,31 +353,25 @@ class TransformersEngine:
             self._batch.keep(stay)
             self._rows = [self._rows[i] for i in stay]
 
-    def _do(self, job: _Job) -> None:
+    def _over(self, job: _Job) -> bool:
+        """Take a step of a scoring; whether it was the last, or nobody waits for it any more."""
         if job.future.cancelled():
-            return
+            return True
         try:
-            result = self._score(job)
+            for _ in job.steps:
+                return False
         except Exception:
             log.exception("a scoring failed")
             self._call(_fail_future, job.future)
         else:
-            self._call(_set_result, job.future, result)
+            self._call(_set_result, job.future, job.found)
+        return True
 
-    @torch.no_grad()
-    def _score(self, job: _Job) -> list[list[float]]:
-        count = max(1, self._limits.batch_tokens // len(job.ids.ids)) if self.mixed else 1
-        result: list[list[float]] = []
-        for start in range(0, len(job.alphas), count):
-            alphas = job.alphas[start : start + count]
-            batch = collate([job.ids] * len(alphas), list(range(len(alphas))))
-            # All rows predict as many tokens, so alpha by row holds for a split output layer too,
-            # which sees the predicted positions alone.
-            with alpha_scope(self._model, alphas):
-                nll = token_nll(self._model, batch)
-            logprobs = (-nll.cpu()).clamp_min(LEAST_LOGPROB)
-            result += [part.tolist() for part in logprobs.split(batch.counts)]
-        return result
+    def _steps(self, job: _Job) -> Iterator[None]:
+        for alpha, found in job.found.items():
+            for part in given_logprobs(self._model, job.tokens, alpha):
+                found += part
+                yield
 
     def _fail(self, error: ApiError, waiting: bool = False) -> None:
         rows = list(self._rows)
