@@ -62,6 +62,12 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Answers waiting; more is a 429.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most of one answer.")] = 2048,
     timeout: Annotated[int, typer.Option(min=1, help="Seconds for one request.")] = 300,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Address of a proxy in front whose X-Forwarded-For is believed; may be repeated."
+        ),
+    ] = None,
     engine: Annotated[
         str, typer.Option(help="transformers (in this process) or vllm (in front of its server).")
     ] = "transformers",
@@ -110,7 +116,10 @@ def serve(
             else:
                 made = _transformers(folder, dtype, dense, limits, template)
             page = folder if ui else None
-            _run(made, limits, folder, followed, policy, host, port, name, audit, page, None)
+            proxies = trusted_proxy or []
+            _run(
+                made, limits, folder, followed, policy, host, port, name, audit, page, None, proxies
+            )
 
 
 def ui(
@@ -134,7 +143,7 @@ def ui(
         engine = _transformers(folder, dtype, dense, limits, template)
         hosts = ["127.0.0.1", "localhost"]
         host, policy = hosts[0], owner_policy()
-        _run(engine, limits, folder, policy, None, host, port, None, None, folder, hosts)
+        _run(engine, limits, folder, policy, None, host, port, None, None, folder, hosts, [])
 
 
 @keys.command()
@@ -183,6 +192,7 @@ def _run(
     audit: Path | None,
     page: Path | None,
     hosts: list[str] | None,
+    proxies: list[str],
 ) -> None:
     from libortho.serve.app import create_app
     from libortho.serve.audit import AuditLog
@@ -191,7 +201,7 @@ def _run(
 
     called = name or folder.resolve().name
     gate = Gate(engine, called, policy, limits, AuditLog(audit), policy_path)
-    server = make_server(create_app(gate, page, hosts), gate, host, port)
+    server = make_server(create_app(gate, page, hosts), gate, host, port, trusted_proxies=proxies)
     address = f"[{host}]" if _is_ipv6(host) else host
     state = engine.status()
     console.print(f"model   {called}   ortho {state.ortho}", highlight=False, soft_wrap=True)

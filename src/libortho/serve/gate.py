@@ -21,7 +21,7 @@ from libortho.serve.errors import (
     alpha_not_served,
     model_not_found,
 )
-from libortho.serve.limits import Limits, RateLimiter
+from libortho.serve.limits import Limits, RateLimiter, address_bucket
 from libortho.serve.metrics import Metrics
 from libortho.serve.policy import ANONYMOUS, Policy, PolicyError, Principal, read_policy
 
@@ -73,6 +73,8 @@ class Gate:
         self.audit = audit
         self.audit_failing = False
         self.rates = RateLimiter()
+        # Apart, so that addresses, of which there may be any number, push no key's bucket out.
+        self.address_rates = RateLimiter()
         self.metrics = Metrics(engine.status, lambda: audit.failures)
 
     def reload(self) -> None:
@@ -173,10 +175,11 @@ class Gate:
         if highest > principal.max_alpha:
             raise alpha_above_limit(highest, principal.id, principal.max_alpha)
         if principal.requests_per_minute is not None:
-            name = principal.id
+            rates, name = self.rates, principal.id
             if name == ANONYMOUS:
-                name += f" {request.client.host if request.client else ''}"
-            wait = self.rates.take(name, principal.requests_per_minute, cost)
+                rates = self.address_rates
+                name = address_bucket(request.client.host if request.client else "")
+            wait = rates.take(name, principal.requests_per_minute, cost)
             if wait:
                 raise ApiError(
                     429,

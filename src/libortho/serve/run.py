@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -45,13 +46,31 @@ def _on_hangup(gate: Gate) -> Iterator[None]:
 
 
 def make_server(
-    app: FastAPI, gate: Gate, host: str = "127.0.0.1", port: int = 8000, log_level: str = "info"
+    app: FastAPI,
+    gate: Gate,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    log_level: str = "info",
+    trusted_proxies: Sequence[str] = (),
 ) -> Server:
     """A server that is ready to `run()`.
 
     Args:
         port: 0 takes a free one.
+        trusted_proxies: addresses or networks whose `X-Forwarded-For` says who asks. From anybody
+            else, this machine included, that header could claim any address, and is not read.
+
+    Raises:
+        ValueError: one of them is no address and no network.
     """
+    for proxy in trusted_proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError:
+            raise ValueError(
+                f"--trusted-proxy {proxy!r}: expected an address or a network, such as 127.0.0.1 "
+                "or 10.0.0.0/8"
+            ) from None
     config = uvicorn.Config(
         app,
         host=host,
@@ -60,6 +79,8 @@ def make_server(
         # A path may hold nothing secret, but who asked is the audit log's business.
         access_log=False,
         server_header=False,
+        proxy_headers=bool(trusted_proxies),
+        forwarded_allow_ips=list(trusted_proxies),
         timeout_keep_alive=20,
         timeout_graceful_shutdown=gate.limits.request_seconds,
         h11_max_incomplete_event_size=32_768,
