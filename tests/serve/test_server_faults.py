@@ -102,6 +102,60 @@ def test_a_full_queue_is_a_429_and_nothing_is_lost(serve, loaded, complete) -> N
         assert 'libortho_refused_total{code="queue_full"}' in answer
 
 
+def test_a_prompt_is_encoded_once_and_not_on_the_event_loop(
+    serve, loaded, monkeypatch, complete
+) -> None:
+    import libortho.serve.engine_transformers as module
+
+    limits = Limits(rows=4)
+    engine = TransformersEngine(loaded, limits)
+    encoded: list[Any] = []
+    going, held = threading.Event(), threading.Event()
+    real = module.encode_prompt
+
+    def slow(prompt: Any, *rest: Any) -> Any:
+        encoded.append(prompt.text)
+        if prompt.text == "tell me":
+            going.set()
+            assert held.wait(60)
+        return real(prompt, *rest)
+
+    monkeypatch.setattr(module, "encode_prompt", slow)
+    with serve(engine=engine, limits=limits) as server:
+        client = server.client()
+        answers: list[Any] = []
+        prompts: Any = ["tell me", "the secret", "tell me"]
+        asked = threading.Thread(
+            target=lambda: answers.append(complete(client, prompts, n=2, max_tokens=1))
+        )
+        asked.start()
+        assert going.wait(60)
+        assert httpx2.get(f"{server.url}/healthz", timeout=20).status_code == 200
+        held.set()
+        asked.join()
+        assert len(answers[0].choices) == 6
+        assert encoded == ["tell me", "the secret"]
+
+
+def test_a_text_that_cannot_fit_is_not_encoded(serve, loaded, monkeypatch, complete) -> None:
+    import libortho.serve.engine_transformers as module
+
+    monkeypatch.setattr(module, "encode_prompt", lambda *_: pytest.fail("it was encoded"))
+    longest = max(map(len, loaded.tokenizer.get_vocab()))
+    limits = Limits(rows=2, prompt_tokens=10, max_tokens=5)
+    with serve(engine=TransformersEngine(loaded, limits), limits=limits) as server:
+        long = "a" * (10 * longest + 1)
+        with pytest.raises(openai.BadRequestError, match=f"prompt of {len(long)} characters"):
+            complete(server.client(), long, max_tokens=1)
+        messages: Any = [{"role": "user", "content": long}]
+        with pytest.raises(openai.BadRequestError, match=f"at most {10 * longest}"):
+            server.client().chat.completions.create(model="canary", messages=messages)
+        body = {"model": "canary", "prompt": "a", "completion": "a" * (5 * longest + 1)}
+        answer = httpx2.post(f"{server.url}/v1/score", json=body)
+        assert answer.status_code == 400
+        assert "a completion of" in answer.json()["error"]["message"]
+
+
 def test_a_time_out_is_a_504_and_in_a_stream_an_event(
     serve, loaded, lines, complete, wait_until
 ) -> None:
