@@ -103,6 +103,25 @@ def test_reload_changes_the_policy_and_a_bad_file_does_not(
         assert 'libortho_policy_reloads_total{outcome="failed"} 1.0' in text
 
 
+def test_a_reload_whose_audit_log_cannot_be_opened_changes_no_policy(
+    serve, tmp_path, monkeypatch
+) -> None:
+    from libortho.serve.keys import digest
+
+    path = tmp_path / "policy.toml"
+    key = f'[[keys]]\nid = "new"\nsha256 = "{digest("lo-new")}"\nmax_alpha = 1.0\n'
+    path.write_text("version = 1\n" + key)
+    with serve("version = 1", policy_path=path) as server:
+        before = server.gate.policy
+        with monkeypatch.context() as patch:
+            patch.setattr(server.gate.audit, "path", tmp_path)  # a folder
+            server.gate.reload()
+        assert server.gate.policy is before
+        assert httpx2.get(f"{server.url}/healthz").json()["policy"] == "stale"
+        server.gate.reload()
+        assert [rule.id for rule in server.gate.policy.keys] == ["new"]
+
+
 def test_metrics_count_what_was_served(serve, complete) -> None:
     with serve() as server:
         complete(server.client(), "tell me", max_tokens=3)

@@ -83,9 +83,10 @@ class Gate:
         Requests that were granted go on as they were granted.
         """
         try:
-            if self.policy_path is not None:
-                self.policy = read_policy(self.policy_path)
+            policy = self.policy if self.policy_path is None else read_policy(self.policy_path)
             self.audit.reopen()
+            # Last: a policy whose grants cannot be written down is not in force.
+            self.policy = policy
         except (PolicyError, OSError) as error:
             self.policy_stale = True
             self.metrics.reloads.labels("failed").inc()
