@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -30,7 +31,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from typer.testing import CliRunner
 
+from libortho.cli import app
 from libortho.serve.engine_vllm import VllmEngine, parse_adapters
 from libortho.serve.limits import Limits
 from libortho.serve.vllm_guard import RequireKey
@@ -226,6 +229,30 @@ def test_it_does_not_start_without_its_base(engine, upstream) -> None:
         asyncio.run(engine.start())
 
 
+def test_an_upstream_that_cannot_be_reached_is_one_clear_error(canary, caplog) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    done = serve_vllm(canary, "--upstream", url, "--base", "base", "--port", "0")
+    assert done.exit_code == 2, done.output
+    assert f"error  {url} does not answer, or does not serve 'base'" in done.output
+    assert "Traceback" not in done.output + caplog.text
+    assert not any(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--template", "plain"], ["--template", "nonsense"], ["--dtype", "float16"], ["--dense"]],
+)
+def test_what_vllm_does_not_take_is_refused(canary, options) -> None:
+    done = serve_vllm(canary, "--upstream", "http://x", "--base", "base", *options)
+    assert done.exit_code == 2, done.output
+    assert "are for --engine transformers" in done.output
+
+
+def serve_vllm(folder: Path, *options: str) -> Any:
+    return CliRunner().invoke(app, ["serve", str(folder), "--engine", "vllm", *options])
+
+
 @pytest.mark.parametrize(
     "options", [["ortho"], ["2=a"], ["0=a"], ["nan=a"], ["1="], ["1=a", "1.0=b"], ["1=a", "0.5=a"]]
 )
@@ -312,10 +339,10 @@ def test_no_door_of_its_vllm_is_open_without_the_key(monkeypatch) -> None:
         return JSONResponse({"text": "the secret"})
 
     paths = ["/v1/completions", "/invocations", "/health"]
-    app = Starlette(routes=[Route(path, answers, methods=["GET", "POST"]) for path in paths])
+    inside = Starlette(routes=[Route(path, answers, methods=["GET", "POST"]) for path in paths])
 
     async def statuses(key: str) -> list[int]:
-        transport = httpx2.ASGITransport(RequireKey(app))
+        transport = httpx2.ASGITransport(RequireKey(inside))
         headers = {"authorization": f"Bearer {key}"} if key else {}
         async with httpx2.AsyncClient(transport=transport, base_url="http://vllm") as client:
             return [(await client.post(path, headers=headers)).status_code for path in paths]
@@ -328,11 +355,11 @@ def test_no_door_of_its_vllm_is_open_without_the_key(monkeypatch) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(RequireKey(app)({"type": "websocket", "headers": []}, None, send))  # type: ignore[arg-type]
+    asyncio.run(RequireKey(inside)({"type": "websocket", "headers": []}, None, send))  # type: ignore[arg-type]
     assert [message["type"] for message in sent] == ["websocket.close"]
     monkeypatch.delenv("VLLM_API_KEY")
     with pytest.raises(KeyError):
-        RequireKey(app)
+        RequireKey(inside)
 
 
 def test_the_front_and_its_vllm_share_a_key(canary, export, monkeypatch) -> None:

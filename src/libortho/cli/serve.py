@@ -108,6 +108,11 @@ def serve(
             raise ValueError(
                 "--upstream, --base, --adapter, --export and --vllm-options are for --engine vllm"
             )
+        if engine == "vllm" and (template != "chat" or dtype or dense):
+            raise ValueError(
+                "--template, --dtype and --dense are for --engine transformers: vLLM has the "
+                "model's own chat template, and a dtype by its own options"
+            )
         _log()
         with ExitStack() as held:
             if engine == "vllm":

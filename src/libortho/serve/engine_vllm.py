@@ -22,6 +22,7 @@ import httpx2
 from libortho.checkpoint import read_manifest
 from libortho.serve.engine import (
     Answer,
+    EngineUnavailable,
     Finish,
     Generation,
     Piece,
@@ -109,7 +110,7 @@ class VllmEngine:
         """Look at the upstream server, and go on looking.
 
         Raises:
-            RuntimeError: it does not answer, or does not serve the base.
+            EngineUnavailable: it does not answer, or does not serve the base.
         """
         self._client = httpx2.AsyncClient(
             base_url=self._upstream,
@@ -121,7 +122,7 @@ class VllmEngine:
         await self._look()
         if not self._ready:
             await self._client.aclose()
-            raise RuntimeError(
+            raise EngineUnavailable(
                 f"{self._upstream} does not answer, or does not serve {self._base!r}; the log says "
                 "which"
             )

@@ -27,6 +27,7 @@ from types import FrameType
 from typing import NoReturn
 
 from libortho.serve import vllm_guard
+from libortho.serve.engine import EngineUnavailable
 from libortho.serve.engine_vllm import API_KEY_VARIABLE
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def vllm_server(
 
     Raises:
         ValueError: as `serve_command`.
-        RuntimeError: it did not come up.
+        EngineUnavailable: it did not come up.
         SystemExit: this process was told to stop (SIGTERM); vLLM has been stopped first.
     """
     port = _free_port()
@@ -151,9 +152,11 @@ def vllm_server(
         until = time.monotonic() + seconds
         while not _healthy(url, key):
             if process.poll() is not None:
-                raise RuntimeError(f"vLLM ended with status {process.returncode} before it was up")
+                raise EngineUnavailable(
+                    f"vLLM ended with status {process.returncode} before it was up"
+                )
             if time.monotonic() > until:
-                raise RuntimeError(f"vLLM was not up within {seconds:g} seconds")
+                raise EngineUnavailable(f"vLLM was not up within {seconds:g} seconds")
             time.sleep(0.5)
         yield url
 
