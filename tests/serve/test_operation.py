@@ -48,6 +48,20 @@ def test_the_audit_log_holds_texts_where_the_policy_says_so(
         for line in lines(server.audit):
             assert line["prompt"] == "tell me"
             assert line["answers"] == [answer.choices[0].text]
+        messages = [{"role": "user", "content": "tell me"}]
+        for asked, told in (({"prompt": "tell me"}, "tell me"), ({"messages": messages}, messages)):
+            body = {"model": "canary", "completion": "the secret", **asked}
+            assert httpx2.post(f"{server.url}/v1/score", json=body).status_code == 200
+            last = lines(server.audit)[-1]
+            assert (last["prompt"], last["completion"]) == (told, "the secret")
+
+
+def test_a_request_of_a_wrong_form_leaves_no_line(serve) -> None:
+    with serve() as server:
+        for body in ({"n": 99}, {"tools": []}, {"max_tokens": 10**6}):
+            asked = {"model": "canary", "prompt": "tell me", **body}
+            assert httpx2.post(f"{server.url}/v1/completions", json=asked).status_code == 400
+        assert server.audit.read_text() == ""
 
 
 def test_no_memory_without_an_audit_line(serve, known, monkeypatch, complete) -> None:

@@ -52,7 +52,7 @@ def serve(
     port: Port = 8000,
     name: Name = None,
     audit: Annotated[
-        Path | None, typer.Option(help="Append a JSON line for every request to this file.")
+        Path | None, typer.Option(help="Append JSON lines to this file: who was given which alpha.")
     ] = None,
     ui: Annotated[bool, typer.Option("--ui", help="Serve the page of `libortho ui` too.")] = False,
     template: TemplateOption = "chat",

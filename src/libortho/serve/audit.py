@@ -1,8 +1,10 @@
 """The audit log: one JSON object a line, of who was given which alpha.
 
 A request above alpha 0 leaves a line *before* its first token is made, so that a crash cannot hide
-it; if that line cannot be written, the request is refused. Every request leaves one when it ends.
-Texts are never written unless the policy says `audit_text = true`.
+it; if that line cannot be written, the request is refused. Every request that comes before the
+policy leaves one when it is refused there, or when it ends. One of a wrong form (a parameter that
+is not served, a value out of bounds, a body too long) does not come that far and leaves none. Texts
+are never written unless the policy says `audit_text = true`.
 """
 
 from __future__ import annotations

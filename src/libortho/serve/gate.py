@@ -36,7 +36,8 @@ class Grant:
         id: of the request; the response's `id` ends with it.
         alphas: granted; one but for `/v1/score`.
         deadline: in the event loop's time.
-        prompt, answers: texts, kept only where the policy lets the audit log have them.
+        texts, answers: what was asked, by name, and what was answered; kept only where the policy
+            lets the audit log have them.
     """
 
     id: str
@@ -49,7 +50,7 @@ class Grant:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish: list[str | None] = field(default_factory=list)
-    prompt: Any = None
+    texts: dict[str, Any] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
     first_token: bool = False
     over: bool = False
@@ -116,14 +117,14 @@ class Gate:
         model: str,
         alphas: Sequence[float],
         cost: int,
-        prompt: Any,
+        texts: dict[str, Any],
     ) -> Grant:
         """Let a request through, or refuse it and write that down.
 
         Args:
             alphas: asked for.
             cost: in requests, against the rate: one for each answer or alpha.
-            prompt: kept for the audit log if the policy says so.
+            texts: what is asked, by name: kept for the audit log if the policy says so.
 
         Raises:
             ApiError: 401, 403, 404, 429 or 503.
@@ -144,7 +145,7 @@ class Gate:
                 self.policy.audit_text,
             )
             if grant.keep_text:
-                grant.prompt = prompt
+                grant.texts = texts
             self._record_admission(grant)
         except ApiError as error:
             self.metrics.refused.labels(error.code).inc()
@@ -211,7 +212,7 @@ class Gate:
         self.metrics.tokens.labels("completion", stream).inc(grant.completion_tokens)
         if code is not None and status != 499:
             self.metrics.refused.labels(code).inc()
-        texts = {"prompt": grant.prompt, "answers": grant.answers} if grant.keep_text else {}
+        texts = {**grant.texts, "answers": grant.answers} if grant.keep_text else {}
         self._write(
             "finished",
             {
