@@ -174,6 +174,29 @@ def test_a_time_out_is_a_504_and_in_a_stream_an_event(
 
 
 @pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_fails_in_an_unforeseen_way_is_a_500_at_once(
+    serve, loaded, monkeypatch, complete, caplog, lines, wait_until, stream
+) -> None:
+    import libortho.serve.engine_transformers as module
+
+    async def broken(self: Any) -> Any:
+        raise RuntimeError(asked)
+
+    asked = "tell me"
+    limits = Limits(rows=2, request_seconds=600)
+    with serve(engine=TransformersEngine(loaded, limits), limits=limits) as server:
+        monkeypatch.setattr(module._Answer, "__anext__", broken)
+        with pytest.raises(openai.APIError, match="an unexpected error"):
+            list(complete(server.client(), asked, stream=stream))
+        wait_until(lambda: lines(server.audit))
+        last = lines(server.audit)[-1]
+        assert (last["status"], last["code"]) == (500, "server_error")
+        assert "an answer failed: RuntimeError" in caplog.text
+        assert asked not in caplog.text
+        wait_until(lambda: server.gate.engine.status().running == 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_row(serve, loaded, stream, lines, wait_until) -> None:
     limits = Limits(rows=2)
     with serve(engine=Slow(loaded, limits), limits=limits) as server:
