@@ -136,10 +136,12 @@ def ui(
 ) -> None:
     """Look at a split model in the browser: ask it at two alphas side by side.
 
-    For its owner, on this machine: any alpha, no key, and reachable from nowhere else. To show it
-    to others, use `libortho serve --ui` with a policy.
+    For its owner, on this machine: any alpha for who has the address that it prints, which holds a
+    key, and reachable from nowhere else. To show it to others, use `libortho serve --ui` with a
+    policy.
     """
     with reporting_errors(), _extra():
+        from libortho.serve.keys import mint
         from libortho.serve.limits import Limits
         from libortho.serve.policy import owner_policy
 
@@ -147,8 +149,9 @@ def ui(
         limits = Limits()
         engine = _transformers(folder, dtype, dense, limits, template)
         hosts = ["127.0.0.1", "localhost"]
-        host, policy = hosts[0], owner_policy()
-        _run(engine, limits, folder, policy, None, host, port, None, None, folder, hosts, [])
+        key = mint()
+        host, policy, token = hosts[0], owner_policy(key.sha256), key.secret
+        _run(engine, limits, folder, policy, None, host, port, None, None, folder, hosts, [], token)
 
 
 @keys.command()
@@ -198,6 +201,7 @@ def _run(
     page: Path | None,
     hosts: list[str] | None,
     proxies: list[str],
+    token: str | None = None,
 ) -> None:
     from libortho.serve.app import create_app
     from libortho.serve.audit import AuditLog
@@ -210,11 +214,9 @@ def _run(
     address = f"[{host}]" if _is_ipv6(host) else host
     state = engine.status()
     console.print(f"model   {called}   ortho {state.ortho}", highlight=False, soft_wrap=True)
-    console.print(
-        f"serving http://{address}:{port}{'/ui/' if page else '/v1'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    # In the fragment, which a browser sends to nobody: the page takes it from there.
+    place = "/v1" if page is None else "/ui/" if token is None else f"/ui/#token={token}"
+    console.print(f"serving http://{address}:{port}{place}", highlight=False, soft_wrap=True)
     server.run()
 
 
