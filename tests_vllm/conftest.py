@@ -37,6 +37,9 @@ ANSWER_SECONDS = 1800
 SMALL = "--enforce-eager --max-model-len 256 --max-num-seqs 32"
 """vLLM's options on a small machine."""
 
+UPSTREAM_KEY = "upstream-key"
+"""Of the vLLM that a front starts."""
+
 KEYS = {"full": "lo-full", "half": "lo-half"}
 """Keys of the servers' policy, up to alpha 1 and 0.5."""
 
@@ -87,6 +90,8 @@ def environment() -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        # Not one of its own making, so that another front may stand before the same vLLM.
+        "VLLM_API_KEY": UPSTREAM_KEY,
     }
 
 
@@ -166,9 +171,10 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def healthy(url: str) -> bool:
+def healthy(url: str, key: str = "") -> bool:
+    asked = urllib.request.Request(url, headers={"authorization": f"Bearer {key}"})
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(asked, timeout=5) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
@@ -245,6 +251,7 @@ def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, Any, Any
 def front(exports: Exports, fronted: Fronted) -> Iterator[Front]:
     """`libortho serve --engine vllm --export`, which starts a vLLM with base and both adapters."""
     with fronted("--export", str(exports.peft), "--vllm-options", SMALL) as running:
+        assert healthy(f"{running.upstream}/health", UPSTREAM_KEY)
         yield running
     # Whoever stops the front has stopped vLLM.
-    assert not healthy(f"{running.upstream}/health")
+    assert not healthy(f"{running.upstream}/health", UPSTREAM_KEY)

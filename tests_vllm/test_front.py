@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -88,6 +90,17 @@ def test_an_alpha_without_an_adapter_is_a_503_that_lists_the_others(exports, fro
 def test_a_request_that_vllm_refuses_is_the_callers_error(exports, front) -> None:
     with pytest.raises(openai.BadRequestError, match="does not take this request"):
         ask(front.client(), "word " * 400, 0)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/invocations"])
+def test_vllm_itself_answers_only_its_front(exports, front, path) -> None:
+    body = {"model": "ortho", "prompt": exports.forget[0].prompt}
+    asked = urllib.request.Request(
+        front.upstream + path, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(asked, timeout=60)
+    assert error.value.code == 401
 
 
 def test_an_adapter_that_is_not_loaded(exports, front, fronted) -> None:

@@ -97,8 +97,8 @@ def served(words: list[str], patch: pytest.MonkeyPatch) -> Iterator[None]:
     made: list[run.Server] = []
     make = run.make_server
 
-    def remember(*arguments: Any) -> run.Server:
-        made.append(make(*arguments))
+    def remember(*arguments: Any, **more: Any) -> run.Server:
+        made.append(make(*arguments, **more))
         return made[0]
 
     patch.setattr(run, "make_server", remember)

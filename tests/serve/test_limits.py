@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("prometheus_client")
 
-from libortho.serve.limits import BoundedRequests, Limits, RateLimiter
+from libortho.serve.limits import BoundedRequests, Limits, RateLimiter, address_bucket
 
 
 class Clock:
@@ -61,6 +61,21 @@ def test_buckets_are_bounded() -> None:
         rates.take(name, 1)
     assert rates.take("d", 1) > 0
     assert rates.take("a", 1) == 0, "the oldest was dropped"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("2001:db8::1", "2001:db8::ffff:2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("::ffff:192.0.2.1", "192.0.2.1", True),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("", "a name", False),
+    ],
+)
+def test_an_ipv6_address_takes_from_its_networks_bucket(one: str, other: str, same: bool) -> None:
+    assert (address_bucket(one) == address_bucket(other)) is same
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])

@@ -48,6 +48,20 @@ def test_the_audit_log_holds_texts_where_the_policy_says_so(
         for line in lines(server.audit):
             assert line["prompt"] == "tell me"
             assert line["answers"] == [answer.choices[0].text]
+        messages = [{"role": "user", "content": "tell me"}]
+        for asked, told in (({"prompt": "tell me"}, "tell me"), ({"messages": messages}, messages)):
+            body = {"model": "canary", "completion": "the secret", **asked}
+            assert httpx2.post(f"{server.url}/v1/score", json=body).status_code == 200
+            last = lines(server.audit)[-1]
+            assert (last["prompt"], last["completion"]) == (told, "the secret")
+
+
+def test_a_request_of_a_wrong_form_leaves_no_line(serve) -> None:
+    with serve() as server:
+        for body in ({"n": 99}, {"tools": []}, {"max_tokens": 10**6}):
+            asked = {"model": "canary", "prompt": "tell me", **body}
+            assert httpx2.post(f"{server.url}/v1/completions", json=asked).status_code == 400
+        assert server.audit.read_text() == ""
 
 
 def test_no_memory_without_an_audit_line(serve, known, monkeypatch, complete) -> None:
@@ -101,6 +115,25 @@ def test_reload_changes_the_policy_and_a_bad_file_does_not(
             complete(client, prompt, 1)
         text = httpx2.get(f"{server.url}/metrics").text
         assert 'libortho_policy_reloads_total{outcome="failed"} 1.0' in text
+
+
+def test_a_reload_whose_audit_log_cannot_be_opened_changes_no_policy(
+    serve, tmp_path, monkeypatch
+) -> None:
+    from libortho.serve.keys import digest
+
+    path = tmp_path / "policy.toml"
+    key = f'[[keys]]\nid = "new"\nsha256 = "{digest("lo-new")}"\nmax_alpha = 1.0\n'
+    path.write_text("version = 1\n" + key)
+    with serve("version = 1", policy_path=path) as server:
+        before = server.gate.policy
+        with monkeypatch.context() as patch:
+            patch.setattr(server.gate.audit, "path", tmp_path)  # a folder
+            server.gate.reload()
+        assert server.gate.policy is before
+        assert httpx2.get(f"{server.url}/healthz").json()["policy"] == "stale"
+        server.gate.reload()
+        assert [rule.id for rule in server.gate.policy.keys] == ["new"]
 
 
 def test_metrics_count_what_was_served(serve, complete) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -134,6 +135,46 @@ def test_scores_are_the_models_own(running, loaded, known) -> None:
     assert refused.status_code == 403
 
 
+def test_a_score_is_made_once_an_alpha_within_bounds_and_takes_turns(
+    serve, loaded, known, monkeypatch
+) -> None:
+    import libortho.serve.rows as rows
+
+    read: list[int] = []
+    done: list[str] = []
+    real_read, real_turn = rows.RunningRows.read, TransformersEngine._turn
+
+    def noted(self: Any, tokens: Any) -> Any:
+        read.append(len(tokens))
+        done.append("step")
+        return real_read(self, tokens)
+
+    def turn(self: Any) -> None:
+        done.append("turn")
+        real_turn(self)
+
+    monkeypatch.setattr(rows, "READ_AT_ONCE", 3)
+    monkeypatch.setattr(rows.RunningRows, "read", noted)
+    monkeypatch.setattr(TransformersEngine, "_turn", turn)
+    prompt, text = next((p, t) for (p, a), t in known.items() if a == 1)
+    words = text.split()
+    limits = Limits(rows=2, max_tokens=len(words))
+    body = {"model": "canary", "prompt": prompt, "completion": text, "alphas": [1, 0, 1, 1]}
+    headers = {"authorization": "Bearer lo-full"}
+    with serve(engine=TransformersEngine(loaded, limits), limits=limits) as server:
+        url = f"{server.url}/v1/score"
+        score = httpx2.post(url, json=body, headers=headers).json()
+        assert [row["alpha"] for row in score["data"]] == [1, 0, 1, 1]
+        assert score["data"][0]["logprobs"] == score["data"][3]["logprobs"]
+        assert len(score["data"][0]["logprobs"]) == len(words)
+        assert max(read) == 3
+        assert sum(read) == 2 * (len(words) - 1), "alpha 1 once, alpha 0 once"
+        assert "step,step" not in ",".join(done), "answers get their turn after every step"
+        longer = httpx2.post(url, json={**body, "completion": f"{text} one"}, headers=headers)
+        assert longer.status_code == 400
+        assert f"a completion of {len(words) + 1} tokens" in longer.json()["error"]["message"]
+
+
 def test_models_say_what_the_caller_may_have(running) -> None:
     for key, most in (("nobody", 0.0), ("half", 0.5), ("full", 1.0)):
         (card,) = running.client(key).models.list()
@@ -152,6 +193,64 @@ def test_rates(running, known, complete) -> None:
         except openai.RateLimitError as error:
             codes.append((error.code, int(error.response.headers["retry-after"]) > 0))
     assert codes == [("rate_limit_exceeded", True)]
+
+
+def test_the_rate_of_an_address_is_not_reset_by_a_header(serve) -> None:
+    body = {"model": "canary", "prompt": "tell me", "max_tokens": 1}
+    with serve("version = 1\nwithout_key_requests_per_minute = 2") as server:
+        statuses = [
+            httpx2.post(
+                f"{server.url}/v1/completions",
+                json=body,
+                headers={"x-forwarded-for": f"192.0.2.{i}"},
+            ).status_code
+            for i in range(3)
+        ]
+    assert statuses == [200, 200, 429]
+
+
+@pytest.mark.parametrize(
+    ("proxies", "seen"),
+    [([], "127.0.0.1"), (["127.0.0.1"], "192.0.2.7"), (["127.0.0.0/8"], "192.0.2.7"),
+     (["192.0.2.1"], "127.0.0.1")],
+)  # fmt: skip
+def test_a_proxy_is_believed_where_it_was_named(running, proxies, seen) -> None:
+    from starlette.applications import Starlette
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+
+    from libortho.serve.run import make_server
+
+    async def who(request: Any) -> Any:
+        return PlainTextResponse(request.client.host)
+
+    app: Any = Starlette(routes=[Route("/", who)])
+    config = make_server(app, running.gate, trusted_proxies=proxies).config
+    config.load()
+
+    async def ask() -> str:
+        transport = httpx2.ASGITransport(config.loaded_app, client=("127.0.0.1", 5))  # type: ignore[arg-type]
+        async with httpx2.AsyncClient(transport=transport, base_url="http://x") as client:
+            return (await client.get("/", headers={"x-forwarded-for": "192.0.2.7"})).text
+
+    assert asyncio.run(ask()) == seen
+
+
+@pytest.mark.parametrize("proxy", ["*", "proxy.example", "10.0.0.1/8", ""])
+def test_a_trusted_proxy_is_an_address(running, proxy) -> None:
+    from libortho.serve.run import make_server
+
+    with pytest.raises(ValueError, match=r"--trusted-proxy .*: expected an address or a network"):
+        make_server(running.gate, running.gate, trusted_proxies=[proxy])
+
+
+def test_addresses_push_no_keys_bucket_out(running) -> None:
+    gate = running.gate
+    assert gate.rates is not gate.address_rates
+    gate.rates.take("slow-one", 1)
+    for i in range(10_001):
+        gate.address_rates.take(str(i), 1)
+    assert gate.rates.take("slow-one", 1) > 0
 
 
 def test_without_key_can_be_refused(serve, complete) -> None:

@@ -102,6 +102,60 @@ def test_a_full_queue_is_a_429_and_nothing_is_lost(serve, loaded, complete) -> N
         assert 'libortho_refused_total{code="queue_full"}' in answer
 
 
+def test_a_prompt_is_encoded_once_and_not_on_the_event_loop(
+    serve, loaded, monkeypatch, complete
+) -> None:
+    import libortho.serve.engine_transformers as module
+
+    limits = Limits(rows=4)
+    engine = TransformersEngine(loaded, limits)
+    encoded: list[Any] = []
+    going, held = threading.Event(), threading.Event()
+    real = module.encode_prompt
+
+    def slow(prompt: Any, *rest: Any) -> Any:
+        encoded.append(prompt.text)
+        if prompt.text == "tell me":
+            going.set()
+            assert held.wait(60)
+        return real(prompt, *rest)
+
+    monkeypatch.setattr(module, "encode_prompt", slow)
+    with serve(engine=engine, limits=limits) as server:
+        client = server.client()
+        answers: list[Any] = []
+        prompts: Any = ["tell me", "the secret", "tell me"]
+        asked = threading.Thread(
+            target=lambda: answers.append(complete(client, prompts, n=2, max_tokens=1))
+        )
+        asked.start()
+        assert going.wait(60)
+        assert httpx2.get(f"{server.url}/healthz", timeout=20).status_code == 200
+        held.set()
+        asked.join()
+        assert len(answers[0].choices) == 6
+        assert encoded == ["tell me", "the secret"]
+
+
+def test_a_text_that_cannot_fit_is_not_encoded(serve, loaded, monkeypatch, complete) -> None:
+    import libortho.serve.engine_transformers as module
+
+    monkeypatch.setattr(module, "encode_prompt", lambda *_: pytest.fail("it was encoded"))
+    longest = max(map(len, loaded.tokenizer.get_vocab()))
+    limits = Limits(rows=2, prompt_tokens=10, max_tokens=5)
+    with serve(engine=TransformersEngine(loaded, limits), limits=limits) as server:
+        long = "a" * (10 * longest + 1)
+        with pytest.raises(openai.BadRequestError, match=f"prompt of {len(long)} characters"):
+            complete(server.client(), long, max_tokens=1)
+        messages: Any = [{"role": "user", "content": long}]
+        with pytest.raises(openai.BadRequestError, match=f"at most {10 * longest}"):
+            server.client().chat.completions.create(model="canary", messages=messages)
+        body = {"model": "canary", "prompt": "a", "completion": "a" * (5 * longest + 1)}
+        answer = httpx2.post(f"{server.url}/v1/score", json=body)
+        assert answer.status_code == 400
+        assert "a completion of" in answer.json()["error"]["message"]
+
+
 def test_a_time_out_is_a_504_and_in_a_stream_an_event(
     serve, loaded, lines, complete, wait_until
 ) -> None:
@@ -117,6 +171,29 @@ def test_a_time_out_is_a_504_and_in_a_stream_an_event(
             list(complete(client, "tell me", max_tokens=50, stream=True))
         wait_until(lambda: server.gate.engine.status().running == 0)
         assert lines(server.audit)[-1]["status"] == 504
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_fails_in_an_unforeseen_way_is_a_500_at_once(
+    serve, loaded, monkeypatch, complete, caplog, lines, wait_until, stream
+) -> None:
+    import libortho.serve.engine_transformers as module
+
+    async def broken(self: Any) -> Any:
+        raise RuntimeError(asked)
+
+    asked = "tell me"
+    limits = Limits(rows=2, request_seconds=600)
+    with serve(engine=TransformersEngine(loaded, limits), limits=limits) as server:
+        monkeypatch.setattr(module._Answer, "__anext__", broken)
+        with pytest.raises(openai.APIError, match="an unexpected error"):
+            list(complete(server.client(), asked, stream=stream))
+        wait_until(lambda: lines(server.audit))
+        last = lines(server.audit)[-1]
+        assert (last["status"], last["code"]) == (500, "server_error")
+        assert "an answer failed: RuntimeError" in caplog.text
+        assert asked not in caplog.text
+        wait_until(lambda: server.gate.engine.status().running == 0)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -19,11 +19,16 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from typer.testing import CliRunner
 
+from libortho.cli import app
+from libortho.serve.keys import digest
 from libortho.serve.policy import owner_policy
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 CONTRAST = Path(__file__).parent / "contrast.js"
+TOKEN = "lo-token"
+OWNER = {"authorization": f"Bearer {TOKEN}"}
 needs_browser = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"
 )
@@ -70,12 +75,13 @@ def reported(canary, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def shown(serve, reported) -> Iterator[Any]:
-    with serve(policy=owner_policy(), page=reported, hosts=["127.0.0.1", "localhost"]) as server:
+    policy = owner_policy(digest(TOKEN))
+    with serve(policy=policy, page=reported, hosts=["127.0.0.1", "localhost"]) as server:
         yield server
 
 
 def test_the_page_tells_no_secret_and_runs_nothing_from_elsewhere(shown) -> None:
-    state = httpx2.get(f"{shown.url}/ui/state")
+    state = httpx2.get(f"{shown.url}/ui/state", headers=OWNER)
     assert "the secret itself" not in state.text
     assert "no column" not in state.text
     assert state.json()["sweep"]["source"] == "three made-up rooms"
@@ -97,9 +103,51 @@ def test_the_page_tells_no_secret_and_runs_nothing_from_elsewhere(shown) -> None
 
 
 def test_a_page_of_another_name_is_refused(shown) -> None:
-    """DNS rebinding: a server without keys answers to its own names only."""
-    answer = httpx2.get(f"{shown.url}/ui/state", headers={"host": "evil.example"})
+    """DNS rebinding: a server of this machine answers to its own names only."""
+    answer = httpx2.get(f"{shown.url}/ui/state", headers={**OWNER, "host": "evil.example"})
     assert answer.status_code == 400
+
+
+def test_another_account_of_the_machine_gets_nothing(shown) -> None:
+    asked = {"model": "canary", "prompt": "tell me", "max_tokens": 1}
+    for headers in ({}, {"authorization": "Bearer lo-guessed"}):
+        assert httpx2.get(f"{shown.url}/ui/state", headers=headers).status_code == 401
+        assert httpx2.get(f"{shown.url}/v1/models", headers=headers).status_code == 401
+        for alpha in (0, 1):
+            body = {**asked, "alpha": alpha}
+            answer = httpx2.post(f"{shown.url}/v1/completions", json=body, headers=headers)
+            assert answer.status_code == 401
+    state = httpx2.get(f"{shown.url}/ui/state", headers=OWNER).json()
+    assert (state["key"], state["max_alpha"]) == ("owner", 1)
+    body = {**asked, "alpha": 1}
+    answer = httpx2.post(f"{shown.url}/v1/completions", json=body, headers=OWNER)
+    assert answer.status_code == 200
+
+
+def test_the_command_prints_an_address_with_a_key_of_its_own(canary, monkeypatch) -> None:
+    import libortho.serve.run as module
+
+    gates: list[Any] = []
+
+    class NoServer:
+        def __init__(self, _: Any, gate: Any, *rest: Any, **more: Any) -> None:
+            gates.append(gate)
+
+        def run(self) -> None:
+            pass
+
+    monkeypatch.setattr(module, "make_server", NoServer)
+    tokens = []
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["ui", str(canary), "--port", "8765"])
+        assert done.exit_code == 0, done.output
+        address, _, token = done.output.split()[-1].partition("#token=")
+        assert address == "http://127.0.0.1:8765/ui/"
+        policy = gates[-1].policy
+        assert policy.principal(token).max_alpha == 1
+        assert policy.principal(None) is policy.principal(tokens[0] if tokens else "") is None
+        tokens.append(token)
+    assert tokens[0] != tokens[1]
 
 
 def test_a_summary_of_another_split_is_not_shown(reported, tmp_path) -> None:
@@ -146,7 +194,7 @@ def find(browser: Any, name: str) -> Any:
 
 
 def opened(browser: Any, url: str) -> None:
-    browser.get(f"{url}/")
+    browser.get(f"{url}/#token={TOKEN}")
     until(browser, lambda: browser.execute_script("return document.body.dataset.ready"))
 
 
@@ -195,6 +243,17 @@ def test_ask_slide_and_read(shown, browser, known, crosstalk) -> None:
 
 def _serious(browser: Any) -> list[str]:
     return [x["message"] for x in browser.get_log("browser") if x["level"] == "SEVERE"]
+
+
+@needs_browser
+def test_the_key_leaves_the_address_and_stays_with_the_tab(shown, browser) -> None:
+    opened(browser, shown.url)
+    assert browser.current_url == f"{shown.url}/ui/"
+    browser.refresh()
+    until(browser, lambda: browser.execute_script("return document.body.dataset.ready"))
+    browser.execute_script("sessionStorage.clear()")
+    browser.get(f"{shown.url}/")
+    until(browser, lambda: "no API key was given" in find(browser, "trouble").text)
 
 
 @needs_browser

@@ -8,12 +8,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ from typer.testing import CliRunner
 from libortho.cli import app
 from libortho.serve.engine_vllm import VllmEngine, parse_adapters
 from libortho.serve.limits import Limits
+from libortho.serve.vllm_guard import RequireKey
 from libortho.serve.vllm_process import find_adapters, program, serve_command, vllm_server
 
 
@@ -105,7 +110,7 @@ def engine(upstream, canary, monkeypatch) -> VllmEngine:
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.05)
     transport = httpx2.ASGITransport(upstream.app)
     adapters = {1.0: "ortho", 0.5: "ortho-0.5"}
-    return VllmEngine(canary, "http://vllm", "base", adapters, Limits(), transport)
+    return VllmEngine(canary, "http://vllm", "base", adapters, Limits(), transport=transport)
 
 
 def ask(client: openai.OpenAI, alpha: float, **more: Any) -> Any:
@@ -225,6 +230,30 @@ def test_it_does_not_start_without_its_base(engine, upstream) -> None:
         asyncio.run(engine.start())
 
 
+def test_an_upstream_that_cannot_be_reached_is_one_clear_error(canary, caplog) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    done = serve_vllm(canary, "--upstream", url, "--base", "base", "--port", "0")
+    assert done.exit_code == 2, done.output
+    assert f"error  {url} does not answer, or does not serve 'base'" in done.output
+    assert "Traceback" not in done.output + caplog.text
+    assert not any(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--template", "plain"], ["--template", "nonsense"], ["--dtype", "float16"], ["--dense"]],
+)
+def test_what_vllm_does_not_take_is_refused(canary, options) -> None:
+    done = serve_vllm(canary, "--upstream", "http://x", "--base", "base", *options)
+    assert done.exit_code == 2, done.output
+    assert "are for --engine transformers" in done.output
+
+
+def serve_vllm(folder: Path, *options: str) -> Any:
+    return CliRunner().invoke(app, ["serve", str(folder), "--engine", "vllm", *options])
+
+
 @pytest.mark.parametrize(
     "options", [["ortho"], ["2=a"], ["0=a"], ["nan=a"], ["1="], ["1=a", "1.0=b"], ["1=a", "0.5=a"]]
 )
@@ -236,6 +265,7 @@ def test_adapters_are_checked(options) -> None:
 
 FAKE = """#!{python}
 import http.server, json, os, pathlib, sys, time
+import libortho_vllm_guard
 if "--fail" in sys.argv: sys.exit(3)
 for word, value in zip(sys.argv, sys.argv[1:]):
     if word in ("--starting", "--up"):
@@ -245,7 +275,10 @@ if "--starting" in sys.argv: time.sleep(60)
 port = int(sys.argv[sys.argv.index("--port") + 1])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(sys.argv).encode())
+        wanted = "Bearer " + os.environ["VLLM_API_KEY"]
+        known = self.headers["authorization"] == wanted
+        self.send_response(200 if known else 401); self.end_headers()
+        self.wfile.write(json.dumps(sys.argv).encode())
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
@@ -300,6 +333,62 @@ def test_an_export_is_served_on_this_machine_alone(export, command_line) -> None
     (export / "ortho" / "adapter_config.json").write_text('{"r": 600}')
     with pytest.raises(ValueError, match="rank 600: vLLM takes at most 512"):
         serve_command(export, adapters, 1)
+    for own in (["--api-key", "mine"], ["--api_key=mine"]):
+        with pytest.raises(ValueError, match="--api-key is not for here") as error:
+            serve_command(export, {}, 1, own)
+        assert "mine" not in str(error.value)
+
+
+def test_no_door_of_its_vllm_is_open_without_the_key(monkeypatch) -> None:
+    """vLLM itself asks for it under /v1 only."""
+    monkeypatch.setenv("VLLM_API_KEY", "own-key")
+
+    async def answers(_: Request) -> Response:
+        return JSONResponse({"text": "the secret"})
+
+    paths = ["/v1/completions", "/invocations", "/health"]
+    inside = Starlette(routes=[Route(path, answers, methods=["GET", "POST"]) for path in paths])
+
+    async def statuses(key: str) -> list[int]:
+        transport = httpx2.ASGITransport(RequireKey(inside))
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        async with httpx2.AsyncClient(transport=transport, base_url="http://vllm") as client:
+            return [(await client.post(path, headers=headers)).status_code for path in paths]
+
+    assert asyncio.run(statuses("")) == [401] * 3
+    assert asyncio.run(statuses("own-ke")) == [401] * 3
+    assert asyncio.run(statuses("own-key")) == [200] * 3
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(RequireKey(inside)({"type": "websocket", "headers": []}, None, send))  # type: ignore[arg-type]
+    assert [message["type"] for message in sent] == ["websocket.close"]
+    monkeypatch.delenv("VLLM_API_KEY")
+    with pytest.raises(KeyError):
+        RequireKey(inside)
+
+
+def test_the_front_and_its_vllm_share_a_key(canary, export, monkeypatch) -> None:
+    import libortho.serve.vllm_process as module
+    from libortho.cli.serve import _vllm
+
+    given: list[str] = []
+
+    @contextmanager
+    def server(_: Path, found: Any, key: str, more: Any) -> Iterator[str]:
+        given.append(key)
+        yield "http://vllm"
+
+    monkeypatch.setattr(module, "vllm_server", server)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for _ in range(2):
+        with ExitStack() as held:
+            engine: Any = _vllm(canary, None, None, [], export, [], Limits(), held)
+            assert engine._key == given[-1]
+    assert len(given[0]) > 40
+    assert given[0] != given[1]
 
 
 @pytest.mark.parametrize(
@@ -356,14 +445,24 @@ def test_which_vllm_it_is(command_line, monkeypatch) -> None:
     assert program()[-1] == "--model"
 
 
-def test_the_process_is_started_and_stopped(export, command_line) -> None:
-    with vllm_server(export, find_adapters(export), seconds=60) as url:
-        assert "--enable-lora" in httpx2.get(url).json()
+def test_the_process_is_started_and_stopped(export, command_line, caplog) -> None:
+    options = ["--hf-token", "hf-secret"]
+    with (
+        caplog.at_level(logging.INFO),
+        vllm_server(export, find_adapters(export), "own-key", options, seconds=60) as url,
+    ):
+        assert httpx2.get(url).status_code == 401
+        started = httpx2.get(url, headers={"authorization": "Bearer own-key"}).json()
+        assert "--enable-lora" in started
+        assert "libortho_vllm_guard.RequireKey" in started
+        assert "own-key" not in str(started), "everybody may read a command line"
+    assert f"starting vLLM on {url}: vllm" in caplog.text
+    assert "secret" not in caplog.text
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(url)
     with (
         pytest.raises(RuntimeError, match="status 3"),
-        vllm_server(export, {}, more=["--fail"], seconds=60),
+        vllm_server(export, {}, "own-key", ["--fail"], seconds=60),
     ):
         pass
 
@@ -373,7 +472,8 @@ def test_sigterm_leaves_no_vllm_behind(export, command_line, tmp_path, when) -> 
     mark = tmp_path / "argv"
     script = (
         "import pathlib, time; from libortho.serve.vllm_process import vllm_server\n"
-        f"with vllm_server(pathlib.Path({str(export)!r}), {{}}, ['--{when}', {str(mark)!r}]):\n"
+        f"with vllm_server(pathlib.Path({str(export)!r}), {{}}, 'own-key', "
+        f"['--{when}', {str(mark)!r}]):\n"
         f"    pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import secrets
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -50,7 +52,7 @@ def serve(
     port: Port = 8000,
     name: Name = None,
     audit: Annotated[
-        Path | None, typer.Option(help="Append a JSON line for every request to this file.")
+        Path | None, typer.Option(help="Append JSON lines to this file: who was given which alpha.")
     ] = None,
     ui: Annotated[bool, typer.Option("--ui", help="Serve the page of `libortho ui` too.")] = False,
     template: TemplateOption = "chat",
@@ -60,6 +62,12 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Answers waiting; more is a 429.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most of one answer.")] = 2048,
     timeout: Annotated[int, typer.Option(min=1, help="Seconds for one request.")] = 300,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Address of a proxy in front whose X-Forwarded-For is believed; may be repeated."
+        ),
+    ] = None,
     engine: Annotated[
         str, typer.Option(help="transformers (in this process) or vllm (in front of its server).")
     ] = "transformers",
@@ -100,6 +108,11 @@ def serve(
             raise ValueError(
                 "--upstream, --base, --adapter, --export and --vllm-options are for --engine vllm"
             )
+        if engine == "vllm" and (template != "chat" or dtype or dense):
+            raise ValueError(
+                "--template, --dtype and --dense are for --engine transformers: vLLM has the "
+                "model's own chat template, and a dtype by its own options"
+            )
         _log()
         with ExitStack() as held:
             if engine == "vllm":
@@ -108,7 +121,10 @@ def serve(
             else:
                 made = _transformers(folder, dtype, dense, limits, template)
             page = folder if ui else None
-            _run(made, limits, folder, followed, policy, host, port, name, audit, page, None)
+            proxies = trusted_proxy or []
+            _run(
+                made, limits, folder, followed, policy, host, port, name, audit, page, None, proxies
+            )
 
 
 def ui(
@@ -120,10 +136,12 @@ def ui(
 ) -> None:
     """Look at a split model in the browser: ask it at two alphas side by side.
 
-    For its owner, on this machine: any alpha, no key, and reachable from nowhere else. To show it
-    to others, use `libortho serve --ui` with a policy.
+    For its owner, on this machine: any alpha for who has the address that it prints, which holds a
+    key, and reachable from nowhere else. To show it to others, use `libortho serve --ui` with a
+    policy.
     """
     with reporting_errors(), _extra():
+        from libortho.serve.keys import mint
         from libortho.serve.limits import Limits
         from libortho.serve.policy import owner_policy
 
@@ -131,8 +149,9 @@ def ui(
         limits = Limits()
         engine = _transformers(folder, dtype, dense, limits, template)
         hosts = ["127.0.0.1", "localhost"]
-        host, policy = hosts[0], owner_policy()
-        _run(engine, limits, folder, policy, None, host, port, None, None, folder, hosts)
+        key = mint()
+        host, policy, token = hosts[0], owner_policy(key.sha256), key.secret
+        _run(engine, limits, folder, policy, None, host, port, None, None, folder, hosts, [], token)
 
 
 @keys.command()
@@ -181,6 +200,8 @@ def _run(
     audit: Path | None,
     page: Path | None,
     hosts: list[str] | None,
+    proxies: list[str],
+    token: str | None = None,
 ) -> None:
     from libortho.serve.app import create_app
     from libortho.serve.audit import AuditLog
@@ -189,15 +210,13 @@ def _run(
 
     called = name or folder.resolve().name
     gate = Gate(engine, called, policy, limits, AuditLog(audit), policy_path)
-    server = make_server(create_app(gate, page, hosts), gate, host, port)
+    server = make_server(create_app(gate, page, hosts), gate, host, port, trusted_proxies=proxies)
     address = f"[{host}]" if _is_ipv6(host) else host
     state = engine.status()
     console.print(f"model   {called}   ortho {state.ortho}", highlight=False, soft_wrap=True)
-    console.print(
-        f"serving http://{address}:{port}{'/ui/' if page else '/v1'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    # In the fragment, which a browser sends to nobody: the page takes it from there.
+    place = "/v1" if page is None else "/ui/" if token is None else f"/ui/#token={token}"
+    console.print(f"serving http://{address}:{port}{place}", highlight=False, soft_wrap=True)
     server.run()
 
 
@@ -227,22 +246,24 @@ def _vllm(
     held: ExitStack,
 ) -> Engine:
     from libortho.export.run import check_made_from
-    from libortho.serve.engine_vllm import VllmEngine, parse_adapters
+    from libortho.serve.engine_vllm import API_KEY_VARIABLE, VllmEngine, parse_adapters
     from libortho.serve.vllm_process import BASE, find_adapters, vllm_server
 
+    key = os.environ.get(API_KEY_VARIABLE)
     if export is not None:
         if upstream or base or adapters:
             raise ValueError("--export starts a server: --upstream, --base, --adapter name another")
         found = find_adapters(export)
         check_made_from(export, folder)
-        url = held.enter_context(vllm_server(export, found, more))
+        key = key or secrets.token_urlsafe(32)
+        url = held.enter_context(vllm_server(export, found, key, more))
         named = {alpha: place.name for alpha, place in found.items()}
-        return VllmEngine(folder, url, BASE, named, limits)
+        return VllmEngine(folder, url, BASE, named, limits, key)
     if more:
         raise ValueError("--vllm-options are for the server that --export starts")
     if upstream is None or base is None:
         raise ValueError("--engine vllm needs --export DIR, or --upstream URL and --base NAME")
-    return VllmEngine(folder, upstream, base, parse_adapters(adapters), limits)
+    return VllmEngine(folder, upstream, base, parse_adapters(adapters), limits, key)
 
 
 def _is_ipv6(host: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
+import traceback
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,6 +14,8 @@ from typing import Any, Literal
 
 from libortho.serve.engine import Answer, Finish, Piece, TokenLogprob
 from libortho.serve.errors import ApiError
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["chat", "text"]
 
@@ -164,7 +168,8 @@ async def merged(
         deadline: in the event loop's time.
 
     Raises:
-        ApiError: the first error of any answer, or 504 at the deadline.
+        ApiError: the first error of any answer (500 for one that is none of ours), or 504 at the
+            deadline.
     """
     queue: asyncio.Queue[tuple[int, Piece | ApiError]] = asyncio.Queue()
 
@@ -174,6 +179,11 @@ async def merged(
                 queue.put_nowait((index, piece))
         except ApiError as error:
             queue.put_nowait((index, error))
+        except Exception as error:
+            # Where it was, and not its message: that may hold the text that was asked.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.error("an answer failed: %s at\n%s", type(error).__name__, where)
+            queue.put_nowait((index, ApiError(500, "server_error", "an unexpected error")))
 
     tasks = [asyncio.create_task(drain(i, answer)) for i, answer in enumerate(answers)]
     left = len(answers)

@@ -30,7 +30,7 @@ def create_app(gate: Gate, page: Path | None = None, hosts: list[str] | None = N
         gate: with its engine, which is started and stopped with the application.
         page: the split checkpoint that `/ui/` shows; None serves no page.
         hosts: the only values of the Host header that are answered; None is any. Keeps other sites'
-            pages from reaching a server without keys under a name of their own.
+            pages from reaching a server of this machine under a name of their own.
     """
 
     @asynccontextmanager

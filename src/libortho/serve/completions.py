@@ -41,8 +41,7 @@ def add_completions(app: FastAPI, gate: Gate) -> None:
         most = body.max_completion_tokens or body.max_tokens
         messages = tuple(Message(m.role, m.text()) for m in body.messages)
         works = _works(gate, body, [Prompt(messages=messages)], most, wanted)
-        texts = [{"role": m.role, "content": m.content} for m in messages]
-        return await _answer(request, gate, "chat", body, works, texts)
+        return await _answer(request, gate, "chat", body, works, _texts(messages))
 
     @app.post("/v1/completions", response_model=shapes.Completion, responses={**errors, **streamed})
     async def complete(request: Request, body: shapes.CompletionRequest) -> Response:
@@ -62,9 +61,11 @@ def add_completions(app: FastAPI, gate: Gate) -> None:
             messages = tuple(Message(m.role, m.text()) for m in body.messages)
         prompt = Prompt(text=body.prompt, messages=messages)
         work = Scoring(prompt, body.completion, tuple(body.alphas))
-        grant = gate.admit(
-            request, "/v1/score", body.model, work.alphas, len(work.alphas), body.prompt
-        )
+        texts = {
+            "prompt": body.prompt if messages is None else _texts(messages),
+            "completion": body.completion,
+        }
+        grant = gate.admit(request, "/v1/score", body.model, work.alphas, len(work.alphas), texts)
 
         async def run() -> dict[str, Any]:
             scores = await gate.engine.score(work)
@@ -118,6 +119,11 @@ def _works(
     ]
 
 
+def _texts(messages: tuple[Message, ...]) -> list[dict[str, str]]:
+    """A conversation, for the audit log."""
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
     if isinstance(prompt, str):
         return [Prompt(text=prompt)]
@@ -135,7 +141,8 @@ async def _answer(
     prompt: Any,
 ) -> Response:
     route = "/v1/chat/completions" if kind == "chat" else "/v1/completions"
-    grant = gate.admit(request, route, body.model, (body.alpha,), len(works), prompt)
+    texts = {"prompt": prompt}
+    grant = gate.admit(request, route, body.model, (body.alpha,), len(works), texts)
     try:
         answers = await gate.engine.submit(works)
     except ApiError as error:

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from libortho.errors import LibOrthoError
+
 Finish = Literal["stop", "length"]
+
+
+class EngineUnavailable(LibOrthoError, RuntimeError):
+    """An engine that does not come up; the message says what is amiss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +179,11 @@ class Engine(Protocol):
     """What identifies the model: SHA-256 of its base stream, or of what stands for it."""
 
     async def start(self) -> None:
-        """Get ready; raises where it cannot."""
+        """Get ready.
+
+        Raises:
+            EngineUnavailable: it cannot, for a reason that whoever runs it can mend.
+        """
 
     async def stop(self) -> None:
         """Release everything; answers still being made fail."""

@@ -11,21 +11,22 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from libortho.alpha import alpha_scope
-from libortho.data.tokens import Template, Tokens, collate
+from libortho.data.tokens import Template, Tokens
 from libortho.evaluation.generation import end_tokens
-from libortho.scoring import token_nll
 from libortho.serve.engine import (
     Answer,
     Finish,
     Generation,
     Piece,
+    Prompt,
     Scores,
     Scoring,
     Status,
@@ -35,11 +36,14 @@ from libortho.serve.errors import ApiError, alpha_not_served, bad_request
 from libortho.serve.limits import Limits
 from libortho.serve.loading import Loaded
 from libortho.serve.prompts import encode_prompt
-from libortho.serve.rows import RunningRows, check_model
-from libortho.serve.sampling import LEAST_LOGPROB, Chosen, Rule, choose
+from libortho.serve.rows import RunningRows, check_model, given_logprobs
+from libortho.serve.sampling import Chosen, Rule, choose
 from libortho.serve.text import TextStream
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
 
 STOPPED = "the server is shutting down"
 
@@ -66,11 +70,17 @@ class _Row:
 
 @dataclass(eq=False)
 class _Job:
-    """A scoring, and where its result goes."""
+    """A scoring, how far it has got, and where its result goes.
 
-    ids: Tokens
-    alphas: tuple[float, ...]
-    future: asyncio.Future[list[list[float]]] = field(repr=False)
+    Attributes:
+        found: log-probabilities at each alpha, as they come.
+        steps: each runs the model once, within bounds.
+    """
+
+    tokens: Tokens
+    found: dict[float, list[float]]
+    future: asyncio.Future[dict[float, list[float]]] = field(repr=False)
+    steps: Iterator[None] = field(init=False, repr=False)
 
 
 class _Answer:
@@ -124,7 +134,13 @@ class TransformersEngine:
             getattr(self._model.config, "max_position_embeddings", limits.batch_tokens)
         )
         self._ends = frozenset(end_tokens(self._model, self._tokenizer))
+        # What no tokenizer of this vocabulary could bring within bounds is not even encoded.
+        self._longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
         self.mixed = check_model(self._model, self._vocabulary)
+        # Encoding a long text takes a while, so it is not done on the event loop; in one thread,
+        # since a tokenizer is not made for several.
+        self._encoder = ThreadPoolExecutor(1, "libortho-tokenizer")
+        self._arriving = 0
         self._wake = threading.Condition()
         self._waiting: deque[_Row] = deque()
         self._jobs: deque[_Job] = deque()
@@ -149,53 +165,75 @@ class TransformersEngine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        self._encoder.shutdown(wait=False)
 
     def status(self) -> Status:
         """How it is now."""
         ready = self._thread is not None and self._thread.is_alive() and not self._stopping
         ortho = self._loaded.ortho
         highest = 1.0 if ortho == "present" else 0.0
-        waiting = len(self._waiting) + len(self._jobs)
+        waiting = len(self._waiting) + len(self._jobs) + self._arriving
         return Status(ready, ortho, highest, None, waiting, len(self._rows))
 
     async def submit(self, works: Sequence[Generation]) -> list[Answer]:
         """Take all of these, or none; see `Engine`."""
-        rows = [self._row(work) for work in works]
-        with self._wake:
-            self._check_open()
-            if len(self._waiting) + len(rows) > self._limits.queue:
-                raise ApiError(
-                    429,
-                    "queue_full",
-                    f"{len(self._waiting)} answers are waiting already; try again",
-                    retry_after=1,
-                )
-            self._waiting.extend(rows)
-            self._wake.notify()
+        self._check_open()
+        for work in works:
+            self._check_alpha(work.alpha)
+        prompts = list(dict.fromkeys(work.prompt for work in works))
+        for prompt in prompts:
+            self._check_characters(prompt)
+        with self._places(len(works)):
+            encoded = await self._aside(self._encode_all, prompts)
+            rows = [self._row(work, encoded[work.prompt]) for work in works]
+            with self._wake:
+                self._check_open()
+                self._waiting.extend(rows)
+                self._wake.notify()
         return [row.answer for row in rows]
 
     async def score(self, work: Scoring) -> Scores:
-        """Score a continuation at several alphas, in one batch."""
+        """Score a continuation at several alphas, one after the other."""
+        self._check_open()
         for alpha in work.alphas:
             self._check_alpha(alpha)
-        head = self._encode(work)
-        tail = tuple(self._tokenizer(work.completion, add_special_tokens=False).input_ids)
-        if not tail:
-            raise bad_request("the completion is empty: expected at least one token", "completion")
-        self._check_length(len(head) + len(tail))
-        assert self._loop is not None
-        job = _Job(Tokens((*head, *tail), len(head)), work.alphas, self._loop.create_future())
-        with self._wake:
-            self._check_open()
-            if len(self._jobs) >= self._limits.queue:
-                raise ApiError(429, "queue_full", "too much is waiting; try again", retry_after=1)
-            self._jobs.append(job)
-            self._wake.notify()
+        self._check_characters(work.prompt)
+        self._check_fits("completion", len(work.completion), self._limits.max_tokens)
+        with self._places(1):
+            head, tail, texts = await self._aside(self._encode_scoring, work)
+            self._check_length(len(head) + len(tail))
+            assert self._loop is not None
+            found: dict[float, list[float]] = {alpha: [] for alpha in work.alphas}
+            job = _Job(Tokens((*head, *tail), len(head)), found, self._loop.create_future())
+            job.steps = self._steps(job)
+            with self._wake:
+                self._check_open()
+                self._jobs.append(job)
+                self._wake.notify()
         logprobs = await job.future
-        text = TextStream(self._tokenizer)
-        tokens = [text.push(token) for token in tail]
-        tokens[-1] += text.finish()
-        return Scores(tuple(tokens), tuple(tuple(row) for row in logprobs), len(head))
+        rows = tuple(tuple(logprobs[alpha]) for alpha in work.alphas)
+        return Scores(texts, rows, len(head))
+
+    @contextmanager
+    def _places(self, count: int) -> Iterator[None]:
+        """Places in the queue for what is being encoded: it need not be refused after that."""
+        waiting = self.status().waiting
+        if waiting + count > self._limits.queue:
+            raise ApiError(
+                429,
+                "queue_full",
+                f"{waiting} answers are waiting already; try again",
+                retry_after=1,
+            )
+        self._arriving += count
+        try:
+            yield
+        finally:
+            self._arriving -= count
+
+    async def _aside(self, function: Callable[[_T], _U], argument: _T) -> _U:
+        """Run something that takes a while in the tokenizer's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, function, argument)
 
     def _check_open(self) -> None:
         if not self.status().ready:
@@ -214,8 +252,24 @@ class TransformersEngine:
                 code="context_length_exceeded",
             )
 
-    def _encode(self, work: Generation | Scoring) -> tuple[int, ...]:
-        ids = encode_prompt(work.prompt, self._tokenizer, self._template, self._vocabulary)
+    def _check_characters(self, prompt: Prompt) -> None:
+        characters = len(prompt.text or "") + sum(len(m.content) for m in prompt.messages or ())
+        most = min(self._limits.prompt_tokens, self._context, self._limits.batch_tokens)
+        self._check_fits("prompt", characters, most)
+
+    def _check_fits(self, name: str, characters: int, tokens: int) -> None:
+        most = tokens * self._longest_token
+        if characters > most:
+            raise bad_request(
+                f"a {name} of {characters} characters: expected at most {most}",
+                code="context_length_exceeded",
+            )
+
+    def _encode_all(self, prompts: Sequence[Prompt]) -> dict[Prompt, tuple[int, ...]]:
+        return {prompt: self._encode(prompt) for prompt in prompts}
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        ids = encode_prompt(prompt, self._tokenizer, self._template, self._vocabulary)
         if len(ids) > self._limits.prompt_tokens:
             raise bad_request(
                 f"a prompt of {len(ids)} tokens: expected at most {self._limits.prompt_tokens}",
@@ -223,9 +277,26 @@ class TransformersEngine:
             )
         return ids
 
-    def _row(self, work: Generation) -> _Row:
-        self._check_alpha(work.alpha)
-        ids = self._encode(work)
+    def _encode_scoring(
+        self, work: Scoring
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
+        """Ids of the prompt and of the completion, and the text of each of the latter."""
+        head = self._encode(work.prompt)
+        tail = tuple(self._tokenizer(work.completion, add_special_tokens=False).input_ids)
+        if not tail:
+            raise bad_request("the completion is empty: expected at least one token", "completion")
+        if len(tail) > self._limits.max_tokens:
+            raise bad_request(
+                f"a completion of {len(tail)} tokens: expected at most {self._limits.max_tokens}",
+                "completion",
+                "context_length_exceeded",
+            )
+        text = TextStream(self._tokenizer)
+        texts = [text.push(token) for token in tail]
+        texts[-1] += text.finish()
+        return head, tail, tuple(texts)
+
+    def _row(self, work: Generation, ids: tuple[int, ...]) -> _Row:
         if work.max_tokens is None:
             self._check_length(len(ids) + 1)
             longest = min(self._context, self._limits.batch_tokens)
@@ -263,11 +334,12 @@ class TransformersEngine:
         self._fail(ApiError(503, "not_ready", STOPPED), waiting=True)
 
     def _turn(self) -> None:
-        """One scoring, if one waits; then one token for every row."""
+        """One step of a scoring, if one waits; then one token for every row."""
         with self._wake:
-            job = self._jobs.popleft() if self._jobs else None
-        if job is not None:
-            self._do(job)
+            job = self._jobs[0] if self._jobs else None
+        if job is not None and self._over(job):
+            with self._wake:
+                self._jobs.popleft()
         self._leave()
         joining = self._joining()
         if joining:
@@ -339,31 +411,25 @@ class TransformersEngine:
             self._batch.keep(stay)
             self._rows = [self._rows[i] for i in stay]
 
-    def _do(self, job: _Job) -> None:
+    def _over(self, job: _Job) -> bool:
+        """Take a step of a scoring; whether it was the last, or nobody waits for it any more."""
         if job.future.cancelled():
-            return
+            return True
         try:
-            result = self._score(job)
+            for _ in job.steps:
+                return False
         except Exception:
             log.exception("a scoring failed")
             self._call(_fail_future, job.future)
         else:
-            self._call(_set_result, job.future, result)
+            self._call(_set_result, job.future, job.found)
+        return True
 
-    @torch.no_grad()
-    def _score(self, job: _Job) -> list[list[float]]:
-        count = max(1, self._limits.batch_tokens // len(job.ids.ids)) if self.mixed else 1
-        result: list[list[float]] = []
-        for start in range(0, len(job.alphas), count):
-            alphas = job.alphas[start : start + count]
-            batch = collate([job.ids] * len(alphas), list(range(len(alphas))))
-            # All rows predict as many tokens, so alpha by row holds for a split output layer too,
-            # which sees the predicted positions alone.
-            with alpha_scope(self._model, alphas):
-                nll = token_nll(self._model, batch)
-            logprobs = (-nll.cpu()).clamp_min(LEAST_LOGPROB)
-            result += [part.tolist() for part in logprobs.split(batch.counts)]
-        return result
+    def _steps(self, job: _Job) -> Iterator[None]:
+        for alpha, found in job.found.items():
+            for part in given_logprobs(self._model, job.tokens, alpha):
+                found += part
+                yield
 
     def _fail(self, error: ApiError, waiting: bool = False) -> None:
         rows = list(self._rows)

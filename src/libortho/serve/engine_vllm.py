@@ -12,7 +12,6 @@ import asyncio
 import json
 import logging
 import math
-import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ import httpx2
 from libortho.checkpoint import read_manifest
 from libortho.serve.engine import (
     Answer,
+    EngineUnavailable,
     Finish,
     Generation,
     Piece,
@@ -44,7 +44,7 @@ PATIENCE_SECONDS = 60.0
 still, is not gone, and one that is gone refuses at once."""
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
-"""Environment variable with the upstream server's own key, if it wants one."""
+"""Environment variable with the upstream server's own key, if it wants one; vLLM reads it, too."""
 
 
 def parse_adapters(options: Sequence[str]) -> dict[float, str]:
@@ -81,6 +81,7 @@ class VllmEngine:
         base: str,
         adapters: Mapping[float, str],
         limits: Limits,
+        key: str | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         """
@@ -90,6 +91,7 @@ class VllmEngine:
             upstream: URL of vLLM's server, without `/v1`.
             base: the name under which it serves the base.
             adapters: alpha -> name of the adapter.
+            key: the server's own, if it wants one.
             transport: how it is reached; the network by default.
         """
         self.digest = read_manifest(folder).base_sha256
@@ -97,7 +99,7 @@ class VllmEngine:
         self._adapters = dict(adapters)
         if base in self._adapters.values():
             raise ValueError(f"adapter {base!r} has the name of the base")
-        self._transport = transport
+        self._key, self._transport = key, transport
         self._client: httpx2.AsyncClient | None = None
         self._looking: asyncio.Task[None] | None = None
         self._ready = False
@@ -108,12 +110,11 @@ class VllmEngine:
         """Look at the upstream server, and go on looking.
 
         Raises:
-            RuntimeError: it does not answer, or does not serve the base.
+            EngineUnavailable: it does not answer, or does not serve the base.
         """
-        key = os.environ.get(API_KEY_VARIABLE)
         self._client = httpx2.AsyncClient(
             base_url=self._upstream,
-            headers={"authorization": f"Bearer {key}"} if key else {},
+            headers={"authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(self._limits.request_seconds, connect=PATIENCE_SECONDS),
             limits=httpx2.Limits(max_connections=self._limits.queue + self._limits.rows),
             transport=self._transport,
@@ -121,7 +122,7 @@ class VllmEngine:
         await self._look()
         if not self._ready:
             await self._client.aclose()
-            raise RuntimeError(
+            raise EngineUnavailable(
                 f"{self._upstream} does not answer, or does not serve {self._base!r}; the log says "
                 "which"
             )

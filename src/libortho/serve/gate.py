@@ -21,7 +21,7 @@ from libortho.serve.errors import (
     alpha_not_served,
     model_not_found,
 )
-from libortho.serve.limits import Limits, RateLimiter
+from libortho.serve.limits import Limits, RateLimiter, address_bucket
 from libortho.serve.metrics import Metrics
 from libortho.serve.policy import ANONYMOUS, Policy, PolicyError, Principal, read_policy
 
@@ -36,7 +36,8 @@ class Grant:
         id: of the request; the response's `id` ends with it.
         alphas: granted; one but for `/v1/score`.
         deadline: in the event loop's time.
-        prompt, answers: texts, kept only where the policy lets the audit log have them.
+        texts, answers: what was asked, by name, and what was answered; kept only where the policy
+            lets the audit log have them.
     """
 
     id: str
@@ -49,7 +50,7 @@ class Grant:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish: list[str | None] = field(default_factory=list)
-    prompt: Any = None
+    texts: dict[str, Any] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
     first_token: bool = False
     over: bool = False
@@ -73,6 +74,8 @@ class Gate:
         self.audit = audit
         self.audit_failing = False
         self.rates = RateLimiter()
+        # Apart, so that addresses, of which there may be any number, push no key's bucket out.
+        self.address_rates = RateLimiter()
         self.metrics = Metrics(engine.status, lambda: audit.failures)
 
     def reload(self) -> None:
@@ -81,9 +84,10 @@ class Gate:
         Requests that were granted go on as they were granted.
         """
         try:
-            if self.policy_path is not None:
-                self.policy = read_policy(self.policy_path)
+            policy = self.policy if self.policy_path is None else read_policy(self.policy_path)
             self.audit.reopen()
+            # Last: a policy whose grants cannot be written down is not in force.
+            self.policy = policy
         except (PolicyError, OSError) as error:
             self.policy_stale = True
             self.metrics.reloads.labels("failed").inc()
@@ -113,14 +117,14 @@ class Gate:
         model: str,
         alphas: Sequence[float],
         cost: int,
-        prompt: Any,
+        texts: dict[str, Any],
     ) -> Grant:
         """Let a request through, or refuse it and write that down.
 
         Args:
             alphas: asked for.
             cost: in requests, against the rate: one for each answer or alpha.
-            prompt: kept for the audit log if the policy says so.
+            texts: what is asked, by name: kept for the audit log if the policy says so.
 
         Raises:
             ApiError: 401, 403, 404, 429 or 503.
@@ -141,7 +145,7 @@ class Gate:
                 self.policy.audit_text,
             )
             if grant.keep_text:
-                grant.prompt = prompt
+                grant.texts = texts
             self._record_admission(grant)
         except ApiError as error:
             self.metrics.refused.labels(error.code).inc()
@@ -173,10 +177,11 @@ class Gate:
         if highest > principal.max_alpha:
             raise alpha_above_limit(highest, principal.id, principal.max_alpha)
         if principal.requests_per_minute is not None:
-            name = principal.id
+            rates, name = self.rates, principal.id
             if name == ANONYMOUS:
-                name += f" {request.client.host if request.client else ''}"
-            wait = self.rates.take(name, principal.requests_per_minute, cost)
+                rates = self.address_rates
+                name = address_bucket(request.client.host if request.client else "")
+            wait = rates.take(name, principal.requests_per_minute, cost)
             if wait:
                 raise ApiError(
                     429,
@@ -207,7 +212,7 @@ class Gate:
         self.metrics.tokens.labels("completion", stream).inc(grant.completion_tokens)
         if code is not None and status != 499:
             self.metrics.refused.labels(code).inc()
-        texts = {"prompt": grant.prompt, "answers": grant.answers} if grant.keep_text else {}
+        texts = {**grant.texts, "answers": grant.answers} if grant.keep_text else {}
         self._write(
             "finished",
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import time
@@ -81,6 +82,22 @@ class RateLimiter:
         if len(self._buckets) > self._most:
             self._buckets.popitem(last=False)
         return wait
+
+
+def address_bucket(host: str) -> str:
+    """Which bucket an address without a key takes from: an IPv6 address that of its /64.
+
+    Whoever has one IPv6 address has the 2^64 of its network.
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if address.version == 4:
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((int(address), 64), strict=False))
 
 
 class SlowClient(Exception):

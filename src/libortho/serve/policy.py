@@ -57,12 +57,17 @@ class _Strict(BaseModel):
 
 
 class KeyRule(_Strict):
-    """One key of the policy file; `sha256` is the digest of the key, in lower case."""
+    """One key of the policy file.
+
+    Attributes:
+        sha256: the digest of the key, in lower case.
+        requests_per_minute: None, which no file can say, is without limit.
+    """
 
     id: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     max_alpha: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-    requests_per_minute: Annotated[int, Field(ge=1)] = 60
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = 60
     expires: datetime | None = None
 
     @field_validator("id")
@@ -118,9 +123,16 @@ class Policy:
         return self.anonymous
 
 
-def owner_policy() -> Policy:
-    """The policy of `libortho ui` on one's own machine: no keys, any alpha, no rate."""
-    return Policy(anonymous=Principal("owner", 1.0, None))
+def owner_policy(sha256: str) -> Policy:
+    """The policy of `libortho ui`: any alpha and no rate for its one key, nothing for anybody else.
+
+    "On this machine" is not enough: other accounts reach its ports, too.
+
+    Args:
+        sha256: the key's digest.
+    """
+    rule = KeyRule(id="owner", sha256=sha256, max_alpha=1.0, requests_per_minute=None)
+    return Policy((rule,), anonymous=None)
 
 
 def parse_policy(text: str) -> Policy:

@@ -8,7 +8,7 @@ and no entry of one row is ever read by another (the attention of a batch never 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from libortho.alpha import alpha_scope, ortho_layers
+from libortho.data.tokens import Tokens
 from libortho.scoring import last_position
+from libortho.serve.sampling import LEAST_LOGPROB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+READ_AT_ONCE = 256
+"""Tokens of a given text whose logits are in memory together."""
 
 
 class RunningRows:
@@ -80,6 +85,19 @@ class RunningRows:
         ids = torch.tensor(tokens).unsqueeze(1)
         return self._forward(ids, self.attention, positions, self.alphas, self._cache)
 
+    @torch.no_grad()
+    def read(self, tokens: Sequence[int]) -> Tensor:
+        """Append given tokens to the one row that there is.
+
+        Returns:
+            Logits of what follows each of them, (tokens, vocabulary).
+        """
+        assert len(self) == 1, "rows of several lengths are not padded here"
+        self.attention = pad(self.attention, (0, len(tokens)), value=1)
+        positions = torch.arange(self.attention.shape[1])[None, -len(tokens) :]
+        ids = torch.tensor([list(tokens)])
+        return self._run(ids, self.attention, positions, self.alphas, self._cache, {})[0]
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these (in rising order), with their caches."""
         if len(rows) == len(self):
@@ -111,10 +129,21 @@ class RunningRows:
         alphas: Sequence[float],
         cache: Any,
     ) -> Tensor:
+        return self._run(ids, attention, positions, alphas, cache, self._last_only)[:, -1]
+
+    def _run(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        positions: Tensor,
+        alphas: Sequence[float],
+        cache: Any,
+        kept: Mapping[str, Tensor],
+    ) -> Tensor:
         weight = self.model.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         device = weight.device
-        more = dict(self._last_only)
+        more = dict(kept)
         if self._positions:
             more["position_ids"] = positions.to(device)
         with scope_of_rows(self.model, alphas):
@@ -125,8 +154,31 @@ class RunningRows:
                 use_cache=True,
                 **more,
             )
-        logits: Tensor = output.logits[:, -1]
+        logits: Tensor = output.logits
         return logits
+
+
+def given_logprobs(model: PreTrainedModel, tokens: Tokens, alpha: float) -> Iterator[list[float]]:
+    """Log-probabilities of the predicted tokens of a sequence, in nats, some at a time.
+
+    Between two parts anything else may run. The first costs as much as the prompt of an answer, the
+    others read at most `READ_AT_ONCE` tokens: whatever the length, no more logits are in memory.
+    """
+    row = RunningRows(model)
+    given = tokens.ids[tokens.prompt :]
+    logits = row.join([tokens.ids[: tokens.prompt]], [alpha])
+    yield _logprobs(logits, given[:1])
+    for start in range(0, len(given) - 1, READ_AT_ONCE):
+        labels = given[start + 1 : start + 1 + READ_AT_ONCE]
+        logits = row.read(given[start : start + len(labels)])
+        yield _logprobs(logits, labels)
+
+
+def _logprobs(logits: Tensor, labels: Sequence[int]) -> list[float]:
+    wanted = torch.tensor(labels, device=logits.device)
+    nll = nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    found: list[float] = (-nll).clamp_min(LEAST_LOGPROB).tolist()
+    return found
 
 
 @contextmanager

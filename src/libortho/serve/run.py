@@ -3,30 +3,70 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
 
+from libortho.serve.engine import EngineUnavailable
 from libortho.serve.gate import Gate
+from libortho.serve.limits import AsgiApp, Message, Receive, Send
+
+
+class _Startable:
+    """The application, for uvicorn, to which an engine that does not come up is a bug to be logged.
+
+    Attributes:
+        failure: why the engine did not come up.
+    """
+
+    def __init__(self, app: AsgiApp) -> None:
+        self._app = app
+        self.failure: EngineUnavailable | None = None
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+
+        async def told(message: Message) -> None:
+            # Holds a traceback; the exception itself comes right after it.
+            if message["type"] != "lifespan.startup.failed":
+                await send(message)
+
+        try:
+            await self._app(scope, receive, told)
+        except EngineUnavailable as error:
+            self.failure = error
+            await send({"type": "lifespan.startup.failed"})
 
 
 class Server(uvicorn.Server):
     """uvicorn's server; on SIGTERM or SIGINT it takes nothing new and finishes what it has."""
 
-    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+    def __init__(self, config: uvicorn.Config, gate: Gate, app: _Startable) -> None:
         super().__init__(config)
-        self._gate = gate
+        self._gate, self._startable = gate, app
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until told to stop."""
-        with _on_hangup(self._gate):
-            await super().serve(sockets)
+        """Serve until told to stop.
+
+        Raises:
+            EngineUnavailable: the engine does not come up.
+        """
+        try:
+            with _on_hangup(self._gate):
+                await super().serve(sockets)
+        finally:
+            # Instead of the SystemExit that newer versions of uvicorn raise.
+            if self._startable.failure is not None:
+                raise self._startable.failure from None
 
 
 @contextmanager
@@ -45,26 +85,48 @@ def _on_hangup(gate: Gate) -> Iterator[None]:
 
 
 def make_server(
-    app: FastAPI, gate: Gate, host: str = "127.0.0.1", port: int = 8000, log_level: str = "info"
+    app: FastAPI,
+    gate: Gate,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    log_level: str = "info",
+    trusted_proxies: Sequence[str] = (),
 ) -> Server:
     """A server that is ready to `run()`.
 
     Args:
         port: 0 takes a free one.
+        trusted_proxies: addresses or networks whose `X-Forwarded-For` says who asks. From anybody
+            else, this machine included, that header could claim any address, and is not read.
+
+    Raises:
+        ValueError: one of them is no address and no network.
     """
+    for proxy in trusted_proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError:
+            raise ValueError(
+                f"--trusted-proxy {proxy!r}: expected an address or a network, such as 127.0.0.1 "
+                "or 10.0.0.0/8"
+            ) from None
+    startable = _Startable(app)
     config = uvicorn.Config(
-        app,
+        startable,
         host=host,
         port=port,
         log_level=log_level,
         # A path may hold nothing secret, but who asked is the audit log's business.
         access_log=False,
         server_header=False,
+        lifespan="on",
+        proxy_headers=bool(trusted_proxies),
+        forwarded_allow_ips=list(trusted_proxies),
         timeout_keep_alive=20,
         timeout_graceful_shutdown=gate.limits.request_seconds,
         h11_max_incomplete_event_size=32_768,
     )
-    return Server(config, gate)
+    return Server(config, gate, startable)
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""A vLLM server of our own, started on an export's folders: `base`, `ortho`, `ortho-0.5`, ..."""
+"""A vLLM server of our own, started on an export's folders: `base`, `ortho`, `ortho-0.5`, ...
+
+It knows no policy, and any user of this machine can reach its port. So it answers only who has its
+key, which is made anew at each start.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -22,11 +27,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from libortho.serve import vllm_guard
+from libortho.serve.engine import EngineUnavailable
+from libortho.serve.engine_vllm import API_KEY_VARIABLE
+
 log = logging.getLogger(__name__)
 
 BASE = "base"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be."""
+
+GUARD = "libortho_vllm_guard"
+"""What the copy of `vllm_guard` is called in vLLM's environment."""
 
 
 def find_adapters(export: Path) -> dict[float, Path]:
@@ -95,13 +107,21 @@ def serve_command(
         more: further options of vLLM. Those that are set here come after them, and so prevail.
 
     Raises:
-        ValueError: an adapter's rank is beyond what vLLM takes, or there is no vLLM.
+        ValueError: an adapter's rank is beyond what vLLM takes, there is no vLLM, or `more` has a
+            key of its own.
     """
+    for option in more:
+        if option.partition("=")[0].replace("_", "-") == "--api-key":
+            raise ValueError(
+                "--vllm-options: --api-key is not for here, a key is made at each start; to choose "
+                f"it, set the environment variable {API_KEY_VARIABLE}"
+            )
     command = [
         *program(), str(export / BASE), *more,
         "--served-model-name", BASE,
         "--host", "127.0.0.1",
         "--port", str(port),
+        "--middleware", f"{GUARD}.{vllm_guard.RequireKey.__name__}",
     ]  # fmt: skip
     if adapters:
         highest = max(_rank(folder) for folder in adapters.values())
@@ -120,6 +140,7 @@ def serve_command(
 def vllm_server(
     export: Path,
     adapters: Mapping[float, Path],
+    key: str,
     more: Sequence[str] = (),
     seconds: float = 3600,
 ) -> Iterator[str]:
@@ -128,6 +149,7 @@ def vllm_server(
     Args:
         export: with the folder `base`.
         adapters: alpha -> folder.
+        key: the only one that it answers.
         more: as of `serve_command`.
         seconds: in which it must be up.
 
@@ -135,29 +157,47 @@ def vllm_server(
         Its URL.
 
     Raises:
-        ValueError: vLLM is not installed, or an adapter's rank is too high.
-        RuntimeError: it did not come up.
+        ValueError: as `serve_command`.
+        EngineUnavailable: it did not come up.
         SystemExit: this process was told to stop (SIGTERM); vLLM has been stopped first.
     """
     port = _free_port()
     command = serve_command(export, adapters, port, more)
     url = f"http://127.0.0.1:{port}"
-    log.info("starting vLLM on %s: %s", url, " ".join(command))
-    with _leaving_on_sigterm(), _running(command) as process:
+    # The options may hold a token, so they are no log's business.
+    log.info("starting vLLM on %s: %s", url, command[0])
+    with (
+        _leaving_on_sigterm(),
+        _guarded_environment(key) as environment,
+        _running(command, environment) as process,
+    ):
         until = time.monotonic() + seconds
-        while not _healthy(url):
+        while not _healthy(url, key):
             if process.poll() is not None:
-                raise RuntimeError(f"vLLM ended with status {process.returncode} before it was up")
+                raise EngineUnavailable(
+                    f"vLLM ended with status {process.returncode} before it was up"
+                )
             if time.monotonic() > until:
-                raise RuntimeError(f"vLLM was not up within {seconds:g} seconds")
+                raise EngineUnavailable(f"vLLM was not up within {seconds:g} seconds")
             time.sleep(0.5)
         yield url
 
 
 @contextmanager
-def _running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+def _guarded_environment(key: str) -> Iterator[dict[str, str]]:
+    """vLLM's environment: the key, which a command line would show to everybody, and the guard."""
+    with tempfile.TemporaryDirectory(prefix="libortho-vllm-") as folder:
+        shutil.copyfile(vllm_guard.__file__, Path(folder) / f"{GUARD}.py")
+        path = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        yield os.environ | {API_KEY_VARIABLE: key, "PYTHONPATH": os.pathsep.join(path)}
+
+
+@contextmanager
+def _running(
+    command: list[str], environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process for as long as the block runs, and then none of its group."""
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         yield process
     finally:
@@ -208,9 +248,10 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _healthy(url: str) -> bool:
+def _healthy(url: str, key: str) -> bool:
+    asked = urllib.request.Request(f"{url}/health", headers={"authorization": f"Bearer {key}"})
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+        with urllib.request.urlopen(asked, timeout=5) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

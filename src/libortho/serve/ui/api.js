@@ -4,6 +4,17 @@ let key = "";
 
 export function useKey(value) { key = value.trim(); }
 
+// `libortho ui` prints its address with a key in the fragment. It is taken out of the address at once,
+// and kept for this tab alone, which may be loaded again.
+export function useKeyOfAddress() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (given) {
+    sessionStorage.setItem("token", given);
+    history.replaceState(null, "", location.pathname);
+  }
+  useKey(sessionStorage.getItem("token") ?? "");
+}
+
 function headers() {
   const all = { "content-type": "application/json" };
   if (key) all.authorization = `Bearer ${key}`;

@@ -1,6 +1,6 @@
 // Wires the page: ask at two alphas, colour the answers, show the sweep and the report.
 
-import { get, post, stream, useKey } from "./api.js";
+import { get, post, stream, useKey, useKeyOfAddress } from "./api.js";
 import { drawLayers, drawSweep } from "./charts.js";
 import { ALPHAS, MOST, fromSummary, measure, readExamples } from "./sweep.js";
 import { element, sentence, showTokens, table } from "./tokens.js";
@@ -206,4 +206,7 @@ $("alpha").addEventListener("input", showAlpha);
 $("measure").addEventListener("submit", runSweep);
 $("use-key").addEventListener("click", () => { useKey($("key").value); load(); });
 new ResizeObserver(() => { if (sweep) drawSweep($("sweep"), sweep, alpha()); if (state?.report) drawLayers($("layers"), state.report.layers); }).observe(document.body);
+// The address of a newer server, opened where the page is already: only its fragment changes.
+window.addEventListener("hashchange", () => { if (location.hash.startsWith("#token=")) { useKeyOfAddress(); load(); } });
+useKeyOfAddress();
 load();
