@@ -51,7 +51,7 @@ class UnlearnConfig:
     learning_rate: float = 5e-5
     max_epochs: int = 10
     batch_size: int = 8
-    landing_steps: int = 4
+    landing_steps: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
