@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ def separate_(
             if tokenizer is None:
                 journal.warnings.append(NO_GENERAL_TEXT)
             else:
-                general = spread([tokens(general_text(), "general text")], GENERAL_TOKENS)
+                general = spread([_general_text(model, before, tokenizer)], GENERAL_TOKENS)
         sets = {
             "forget": forget_items,
             "retain": retain_items,
@@ -271,6 +272,21 @@ def _check_outputs(model: PreTrainedModel, before: PreTrainedModel) -> None:
         )
 
 
+def _context(model: PreTrainedModel, before: PreTrainedModel | None) -> int:
+    """Tokens that both models take at once; what they do not say is without limit."""
+    told = [getattr(one.config, "max_position_embeddings", None) for one in (model, before) if one]
+    return min((context for context in told if context), default=sys.maxsize)
+
+
+def _general_text(
+    model: PreTrainedModel, before: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+) -> list[Tokens]:
+    """The embedded general text, each paragraph as far as the models' context goes."""
+    longest = _context(model, before)
+    items = as_tokens(general_text(), "general text", tokenizer)
+    return [Tokens(item.ids[:longest], item.prompt) for item in items]
+
+
 def _checked_tokens(
     model: PreTrainedModel,
     before: PreTrainedModel | None,
@@ -280,10 +296,7 @@ def _checked_tokens(
     template: Template,
 ) -> list[Tokens]:
     result = as_tokens(items, label, tokenizer, template)
-    contexts = [
-        getattr(one.config, "max_position_embeddings", None) for one in (model, before) if one
-    ]
-    longest = min((context for context in contexts if context), default=math.inf)
+    longest = _context(model, before)
     for position, item in enumerate(result):
         if len(item.ids) > longest:
             raise ValueError(

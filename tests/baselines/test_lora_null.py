@@ -156,7 +156,7 @@ def test_adapter_adds_its_edit_to_the_weight(tiny_llama, random_tokens) -> None:
     ("settings", "error", "message"),
     [
         ({"target_modules": ("fc9",)}, ValueError, "target 'fc9' matches no module"),
-        ({"target_modules": "input_layernorm"}, TypeError, "expected linear layers"),
+        ({"target_modules": "input_layernorm"}, TypeError, "expected a linear layer"),
         ({"ortho_ratio": 0.02}, ValueError, r"ortho_ratio=0\.02 pays for no rank in .*0\.02344"),
     ],
 )

@@ -233,7 +233,7 @@ def test_rmu_names_what_the_model_lacks(model) -> None:
         RMU(layer=2).parameters(model)
     with pytest.raises(ValueError, match="target 'fc9' matches no module"):
         RMU(modules=("fc9",)).parameters(model)
-    with pytest.raises(TypeError, match="linear layers"):
+    with pytest.raises(TypeError, match="linear layer"):
         RMU(modules=("input_layernorm",)).parameters(model)
     model.config.num_hidden_layers = 9
     with pytest.raises(ValueError, match="no list of 9 blocks"):
