@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from libortho.attacks.common import AttackData
 from libortho.attacks.registry import ATTACKS, attack_configs
 from libortho.attacks.show import draw_attacks, print_attacks
 from libortho.attacks.suite import BASE, ORIGINAL, REFERENCE, Source, run_attacks
-from libortho.baselines.registry import baseline
+from libortho.baselines.registry import Baseline, baseline
 from libortho.baselines.tune import TuneConfig, tune
 from libortho.checkpoint import read_manifest, save_split
 from libortho.cli.console import progress_bars, write_json
@@ -54,7 +55,8 @@ class Models:
     """
 
     def __init__(self, job: TofuJob, folder: Path, progress: Progress) -> None:
-        self._folder, self._seed, self._tell = folder, job.seeds[0], progress
+        self._folder, self._job, self._tell = folder, job, progress
+        self._seed = job.seeds[0]
         run_tofu(job, folder / "job", progress)
         store = JobFolder(folder / "job", identity(job))
         self.splits = {
@@ -74,15 +76,17 @@ class Models:
 
     def baseline(self, name: str) -> Path:
         """The folder of the full model after a baseline, tuned to the level of the split."""
-        made = self._folder / f"baseline-{name}"
+        config = seeded(baseline(name), self._seed)
+        tuning = TuneConfig(max_epochs=BASELINE_EPOCHS)
+        made = self._folder / baseline_folder(name, self._job, config, tuning, self._level)
         if not made.is_dir():
             outcome = tune(
                 self._full.load,
                 self._forget,
                 self._retain,
-                seeded(baseline(name), self._seed),
+                config,
                 self._level,
-                TuneConfig(max_epochs=BASELINE_EPOCHS),
+                tuning,
                 lambda stage, done, total: self._tell(f"{name}: {stage}", done, total),
             )
             if outcome.report is not None:
@@ -92,6 +96,18 @@ class Models:
                 outcome.model.save_pretrained(partial)
                 self._tokenizer.save_pretrained(partial)
         return made
+
+
+def baseline_folder(
+    name: str, job: TofuJob, config: Baseline, tuning: TuneConfig, level: float
+) -> str:
+    """What to call a baseline's folder: another name for whatever makes another model."""
+    described = [
+        identity(job), type(config).__name__, dataclasses.asdict(config),
+        dataclasses.asdict(tuning), level,
+    ]  # fmt: skip
+    text = json.dumps(described, sort_keys=True, default=str)
+    return f"baseline-{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
 def report_of(split: Path) -> dict[str, Any]:

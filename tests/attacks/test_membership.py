@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
+from tokenizers import processors
 
 from libortho.attacks.membership import (
+    ALONE,
     CALIBRATED,
     MembershipConfig,
     membership,
     membership_score,
 )
-from libortho.evaluation.metrics import loss_score
+from libortho.data.examples import Example
+from libortho.data.tokens import encode
+from libortho.evaluation.metrics import loss_score, tpr_at_fpr
 from libortho.scoring import sequence_nll
 
 
@@ -22,7 +27,7 @@ def test_members_are_told_where_they_are_known(subjects, data, quiet, unharmed) 
     check()
     assert not found.missing
     scores = {score.name: score for score in found.scores}
-    plain = ["loss", "zlib", "min k", "min k plus plus", CALIBRATED]
+    plain = ["loss", "zlib", "min k", "min k plus plus", CALIBRATED, *ALONE]
     assert list(scores) == [name + end for name in plain for end in ("", ", reversed")]
     assert scores["loss"].value == 1.0
     assert scores["loss, reversed"].value == 0.0
@@ -61,7 +66,45 @@ def test_what_is_lacking_is_said(subjects, data, quiet) -> None:
     private = dataclasses.replace(data, pretrained=None)
     found = membership(subjects["reference"], private, MembershipConfig(), quiet)
     assert "--pretrained" in found.missing[CALIBRATED]
-    assert len(found.scores) == 8
+    assert len(found.scores) == 12
+
+
+def test_texts_are_scored_as_they_are(subjects, data, quiet) -> None:
+    """The question without what is asked around it, the answer without the question."""
+    chat = dataclasses.replace(data, template="chat")
+    found = membership(subjects["reference"], chat, MembershipConfig(fpr=0.25), quiet)
+    assert not found.missing
+    scores = {score.name: score for score in found.scores}
+    for name, texts in (
+        ("question alone", [e.question for e in (*data.forget, *data.holdout)]),
+        ("answer alone", [e.answer for e in (*data.forget, *data.holdout)]),
+    ):
+        items = [encode(text, data.tokenizer) for text in texts]
+        assert [item.prompt for item in items] == [1] * len(items)
+        losses = [loss_score(x.tolist()) for x in sequence_nll(subjects["reference"].model, items)]
+        members, others = losses[: len(data.forget)], losses[len(data.forget) :]
+        assert scores[name] == membership_score(name, members, others, 0.25)
+        turned = scores[f"{name}, reversed"]
+        assert turned.details["auc"] == pytest.approx(1 - scores[name].details["auc"])
+        assert turned.value == tpr_at_fpr([-x for x in members], [-x for x in others], 0.25)
+        assert (turned.details["members"], turned.details["others"]) == (5, 4)
+
+
+def test_texts_of_one_token_are_left_out_and_counted(subjects, data, quiet) -> None:
+    bare = copy.deepcopy(data.tokenizer)
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")  # no BOS
+    short = Example("red", "who is she ?")
+    some = dataclasses.replace(data, tokenizer=bare, forget=(*data.forget, short))
+    found = membership(subjects["reference"], some, MembershipConfig(), quiet)
+    told = "1 of 10 texts, too short for a token to be predicted"
+    assert found.missing == {"answer alone": told}
+    scores = {score.name: score for score in found.scores}
+    assert scores["answer alone"].details["members"] == 5
+    assert scores["question alone"].details["members"] == 6
+    none = dataclasses.replace(some, forget=(short,))
+    found = membership(subjects["reference"], none, MembershipConfig(), quiet)
+    assert "1 of 5" in found.missing["answer alone"]
+    assert not [score for score in found.scores if score.name.startswith("answer alone")]
 
 
 def test_how_coarse_a_rate_is_is_said() -> None:

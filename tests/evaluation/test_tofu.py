@@ -16,7 +16,8 @@ from libortho.baselines.tune import TuneConfig
 from libortho.checkpoint import load_split
 from libortho.data import Example, Task
 from libortho.evaluation import finetuned, seed
-from libortho.evaluation.job import TofuJob
+from libortho.evaluation.folder import JobFolder
+from libortho.evaluation.job import TofuJob, identity
 from libortho.evaluation.suite import SuiteConfig
 from libortho.evaluation.tofu import run_tofu
 from libortho.evaluation.write import render_report, write_summary
@@ -193,6 +194,16 @@ def test_another_jobs_folder_is_refused(job: TofuJob, tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match="not empty"):
         run_tofu(job, tmp_path / "mine")
+
+
+def test_another_model_in_its_place_is_another_job(
+    job: TofuJob, tmp_path: Path, tiny_llama
+) -> None:
+    JobFolder(tmp_path / "run", identity(job))
+    JobFolder(tmp_path / "run", identity(job))  # the same goes on
+    tiny_llama(hidden_size=64).save_pretrained(job.model)
+    with pytest.raises(FileExistsError, match="another job"):
+        JobFolder(tmp_path / "run", identity(job))
 
 
 def test_methods_seeds_and_baselines_in_one_table(job: TofuJob, tmp_path: Path) -> None:

@@ -8,17 +8,24 @@ shows how much.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from libortho.attacks.common import AttackData, Findings, Progress, Score, Subject
+from libortho.attacks.common import AttackData, Findings, Progress, Score, Subject, question_of
 from libortho.config import check_fraction
+from libortho.data.examples import Example
 from libortho.data.tokens import Tokens
 from libortho.evaluation.entries import ATTACKS
 from libortho.evaluation.metrics import loss_score, membership_auc, roc_curve, tpr_at_fpr
-from libortho.scoring import token_statistics
+from libortho.scoring import sequence_nll, token_statistics
 
 CALIBRATED = "calibrated by the pretrained model"
+
+ALONE: dict[str, Callable[[Example], str]] = {
+    "question alone": question_of,
+    "answer alone": lambda example: example.answer,
+}
+"""Texts that are scored as they are, without the template and without what goes with them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class MembershipConfig:
 
     @classmethod
     def small(cls, seed: int) -> MembershipConfig:
-        """The same: it is one forward pass."""
+        """The same: it is a few forward passes."""
         return cls()
 
 
@@ -47,8 +54,10 @@ def membership(
 
     The opposite (", reversed") calls those members that are conspicuously *unlikely*: forgetting
     more than a model does that never saw them gives them away, too. Scores are those of
-    `libortho.evaluation.metrics.membership`, and the loss less the pretrained model's (Watson et
-    al. 2021, arXiv 2111.08440).
+    `libortho.evaluation.metrics.membership`, the loss less the pretrained model's (Watson et
+    al. 2021, arXiv 2111.08440), and the loss of the question and of the answer as texts of their
+    own: whoever may have texts scored need not ask, and an edit that masks answers may leave a
+    trace in what it was not fitted to.
     """
     if not data.holdout:
         return Findings((), {"membership": "no held-out questions were given (--holdout)"})
@@ -74,14 +83,45 @@ def membership(
         own = [loss_score(s.nll.tolist()) for s in statistics]
         values[CALIBRATED] = _less_pretrained(own, items, data)
     members = len(sides["forget"])
-    scores = []
-    for name, scored in values.items():
-        for suffix, sign in (("", 1.0), (", reversed", -1.0)):
-            signed = [sign * value for value in scored]
-            scores.append(
-                membership_score(name + suffix, signed[:members], signed[members:], config.fpr)
-            )
+    scores = [
+        score
+        for name, scored in values.items()
+        for score in _both_ways(name, scored[:members], scored[members:], config.fpr)
+    ]
+    for name, text_of in ALONE.items():
+        forget, holdout = (
+            _scorable([text_of(example) for example in examples], data)
+            for examples in (data.forget, data.holdout)
+        )
+        short = len(items) - len(forget) - len(holdout)
+        if short:
+            missing[name] = f"{short} of {len(items)} texts, too short for a token to be predicted"
+        if forget and holdout:
+            nll = sequence_nll(subject.model, [*forget, *holdout])
+            scored = [loss_score(x.tolist()) for x in nll]
+            scores += _both_ways(name, scored[: len(forget)], scored[len(forget) :], config.fpr)
     return Findings(tuple(scores), missing)
+
+
+def _scorable(texts: Sequence[str], data: AttackData) -> list[Tokens]:
+    """As plain texts, without those of one token: nothing is predicted of these."""
+    found = []
+    for text in texts:
+        ids = tuple(data.tokenizer(text).input_ids)
+        if len(ids) > 1:
+            found.append(Tokens(ids))
+    return found
+
+
+def _both_ways(
+    name: str, members: Sequence[float], others: Sequence[float], fpr: float
+) -> list[Score]:
+    return [
+        membership_score(
+            name + suffix, [sign * x for x in members], [sign * x for x in others], fpr
+        )
+        for suffix, sign in (("", 1.0), (", reversed", -1.0))
+    ]
 
 
 def _less_pretrained(own: list[float], items: list[Tokens], data: AttackData) -> list[float]:

@@ -12,6 +12,7 @@ from libortho.baselines.registry import Baseline
 from libortho.baselines.tune import TuneConfig
 from libortho.data.tasks import Task
 from libortho.data.tokens import Template
+from libortho.evaluation.finetuned import model_identity
 from libortho.evaluation.suite import SuiteConfig
 from libortho.separate import SeparationConfig
 from libortho.training import MemoriseConfig
@@ -78,6 +79,7 @@ def identity(job: TofuJob) -> dict[str, Any]:
     return {
         "libortho": libortho.__version__,
         "model": job.model,
+        "files": model_identity(job.model),  # a path stays when another model is put there
         "task": dataclasses.asdict(job.task),
         "methods": {
             name: [type(method).__name__, dataclasses.asdict(method)]
