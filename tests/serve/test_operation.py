@@ -164,7 +164,7 @@ def test_a_conversation_is_put_in_the_form_of_the_split(
     from libortho.cli import app
 
     asked = []
-    monkeypatch.setattr(module, "_run", lambda engine, *_: asked.append(engine._template))
+    monkeypatch.setattr(module, "_run", lambda engine, *_: asked.append(engine.template))
     folder = tmp_path / "split"
     shutil.copytree(canary, folder)
     for settings, more in (
