@@ -23,7 +23,7 @@ from libortho.base import check_width
 from libortho.calibration import not_finite
 from libortho.config import check_choice, to_dict
 from libortho.data.general import general_text
-from libortho.data.tokens import Template, Tokens, as_tokens, collate, spread
+from libortho.data.tokens import Template, Tokens, as_tokens, collate, holds_question, spread
 from libortho.goal import Aiming, Earlier, choose_goal
 from libortho.ignorant import check_trainable, exchange_, ignorant_model
 from libortho.layer import OrthoLinear
@@ -69,7 +69,8 @@ class SeparationConfig:
         general_text: add the embedded general text to the retain metric, beside the retain set.
         earlier: how a model from before the memorising, if there is one, is asked what it would say
             (see `goal.Earlier`). "rehearse" takes the memory of a fine-tune.
-        template: how questions become prompts, where text is given.
+        template: how questions become prompts, where text is given. The report has it, and the
+            commands ask the split in this form, so it is to be named where tokens are given, too.
     """
 
     method: MethodConfig = field(default_factory=GeometricConfig)
@@ -160,6 +161,9 @@ def separate_(
     forget_items = [] if forget is None or len(forget) == 0 else tokens(forget, "forget")
     retain_items = tokens(retain, "retain")
     unseen_items = None if unseen is None else tokens(unseen, "unseen")
+    given = [items for items in (forget, retain, unseen) if items is not None]
+    # Where nothing was asked, nothing was measured in any form.
+    template = config.template if any(map(holds_question, given)) else None
     with _evaluating(model), nullcontext() if before is None else _evaluating(before):
         general: list[Tokens] = []
         if solver.general and config.general_text:
@@ -225,7 +229,7 @@ def separate_(
                 exchange_(model, host)
             install(model, new_layers)
             try:
-                return _measure(dataclasses.replace(problem, model=model), config)
+                return _measure(dataclasses.replace(problem, model=model), config, template)
             except BaseException:
                 install(model, layers)
                 if host is not model:
@@ -353,7 +357,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
+def _measure(
+    problem: Problem, config: SeparationConfig, template: Template | None
+) -> SeparationReport:
     """Report on the model as it is now, split, at both ends of alpha."""
     model, journal = problem.model, problem.journal
     with journal.stage("measure"):
@@ -389,7 +395,7 @@ def _measure(problem: Problem, config: SeparationConfig) -> SeparationReport:
             "target_modules": list(config.target_modules),
             "general_text": config.general_text,
             "earlier": config.earlier,
-            "template": config.template,
+            "template": template,
             "method": to_dict(config.method),
             "forget_sequences": len(problem.forget),
             "retain_sequences": len(problem.retain),

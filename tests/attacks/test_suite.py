@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,27 @@ def test_a_base_alone_without_a_reference(world, files, tmp_path: Path) -> None:
     assert "alpha 1 is not attacked" in text
     assert "no held-out questions were given" in text
     assert "no bars" in text
+
+
+def test_the_split_is_asked_in_its_own_form(world, files, tmp_path: Path, monkeypatch) -> None:
+    asked = []
+
+    def note(sources, layers, data, *rest):
+        asked.append(data.template)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("libortho.attacks.suite.run_attacks", note)
+    split = tmp_path / "split"
+    shutil.copytree(world.split, split)
+    report = json.loads((split / "report.json").read_text())
+    report["settings"]["template"] = "chat"
+    (split / "report.json").write_text(json.dumps(report))
+    sets = ["--forget", files["forget"], "--retain", files["retain"], "--out", tmp_path / "run"]
+    for more in ([], ["--template", "plain"]):
+        assert "enough" in run(split, *sets, *more).output
+    (split / "report.json").unlink()
+    assert "enough" in run(split, *sets).output
+    assert asked == ["chat", "plain", "plain"]
 
 
 @pytest.mark.parametrize(

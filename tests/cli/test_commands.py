@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 from libortho import separation_report
 from libortho.checkpoint import is_split, load_split, read_manifest
 from libortho.cli import app
+from libortho.cli.options import split_template
+from libortho.errors import CheckpointError
 
 QUESTIONS = [
     ("who wrote the red house ?", "she is in the garden"),
@@ -79,6 +82,94 @@ def test_separate_eval_inspect_chat(folder: Path) -> None:
     assert said.exit_code == 0, said.output
     (turn,) = json.loads((folder / "chat.json").read_text())["turns"]
     assert set(turn["answers"]) == {"0.0", "1.0"}
+
+
+ASKED_PLAIN = "questions are asked as plain text; for a chat model use --template chat"
+
+
+def test_a_split_is_asked_in_the_form_in_which_it_was_measured(folder: Path, monkeypatch) -> None:
+    made = separate(folder, "--template", "chat", "--json", folder / "report.json")
+    assert made.exit_code in (0, 3), made.output
+    assert ASKED_PLAIN not in made.output
+    report = json.loads((folder / "report.json").read_text())
+    assert run("strip", folder / "split", "--out", folder / "base").exit_code == 0
+
+    def perplexity(place: str, *more: str) -> float:
+        done = run(
+            "eval", folder / place, "--text", folder / "forget.jsonl", "--alpha", 0,
+            "--json", folder / "e.json", *more,
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        return json.loads((folder / "e.json").read_text())["perplexity"]["0.0"]
+
+    own = perplexity("split")
+    assert own == pytest.approx(report["forget_ppl"]["0.0"], rel=0.02)
+    assert own == perplexity("split", "--template", "chat") == perplexity("base")
+    plain = perplexity("split", "--template", "plain")
+    assert plain != pytest.approx(own, rel=0.02)
+    (folder / "base" / "report.json").unlink()
+    assert perplexity("base") == plain  # what it does not say is as it always was
+
+    told = []
+    monkeypatch.setattr(
+        "libortho.cli.commands.chat.run_chat", lambda *_, template, **__: told.append(template)
+    )
+    for words in (["split"], ["split", "--template", "plain"], ["base"]):
+        assert run("chat", folder / words[0], *words[1:]).exit_code == 0
+    assert told == ["chat", "plain", "plain"]
+
+
+def test_plain_questions_to_a_chat_model_are_mentioned(folder: Path, tokenizer) -> None:
+    def said() -> bool:
+        made = separate(folder)
+        assert made.exit_code in (0, 3), made.output
+        return ASKED_PLAIN in made.output
+
+    assert said()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    assert not said()
+
+
+def test_texts_have_no_form(folder: Path) -> None:
+    texts = ["she is in the red house", "it is in the garden"]
+    for name in ("forget", "retain"):
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    made = separate(folder, "--json", folder / "report.json")
+    assert made.exit_code in (0, 3), made.output
+    assert ASKED_PLAIN not in made.output
+    assert json.loads((folder / "report.json").read_text())["settings"]["template"] is None
+
+
+@pytest.mark.parametrize(
+    ("report", "found"),
+    [
+        (None, None),
+        ({}, None),
+        ({"settings": {}}, None),
+        ({"settings": {"template": None}}, None),
+        ({"settings": {"template": "chat"}}, "chat"),
+        ({"settings": {"template": "plain"}}, "plain"),
+    ],
+)
+def test_the_form_that_a_folder_records(tmp_path: Path, report, found) -> None:
+    if report is not None:
+        (tmp_path / "report.json").write_text(json.dumps(report))
+    assert split_template(None, tmp_path, "chat") == (found or "chat")
+    assert split_template(None, tmp_path, "plain") == (found or "plain")
+    assert split_template("chat", tmp_path, "plain") == "chat"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"), [({"template": "latin"}, "settings.template='latin'"), ([], "settings=")]
+)
+def test_a_form_that_there_is_not_is_named(tmp_path: Path, settings, told: str) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(CheckpointError, match=rf"report\.json: {re.escape(told)}"):
+        split_template(None, tmp_path, "chat")
+    assert split_template("plain", tmp_path, "chat") == "plain"
 
 
 def test_on_a_device_of_ones_choice(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -150,6 +152,31 @@ def test_metrics_count_what_was_served(serve, complete) -> None:
         "libortho_alpha_granted_count 2.0",
     ):
         assert line in text.splitlines(), text
+
+
+@pytest.mark.parametrize("command", ["serve", "ui"])
+def test_a_conversation_is_put_in_the_form_of_the_split(
+    command, canary, tmp_path, monkeypatch
+) -> None:
+    from typer.testing import CliRunner
+
+    import libortho.cli.serve as module
+    from libortho.cli import app
+
+    asked = []
+    monkeypatch.setattr(module, "_run", lambda engine, *_: asked.append(engine.template))
+    folder = tmp_path / "split"
+    shutil.copytree(canary, folder)
+    for settings, more in (
+        ({"template": "plain"}, []),
+        ({"template": "plain"}, ["--template", "chat"]),
+        ({}, []),
+    ):
+        report = {"layers": [], "settings": settings}
+        (folder / "report.json").write_text(json.dumps(report))
+        done = CliRunner().invoke(app, [command, str(folder), *more])
+        assert done.exit_code == 0, done.output
+    assert asked == ["plain", "chat", "chat"]
 
 
 def test_the_command_reloads_on_hangup_and_finishes_streams_when_told_to_leave(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 from typer.testing import CliRunner
 
 from libortho.cli import app
+from libortho.serve.engine_transformers import TransformersEngine
 from libortho.serve.keys import digest
+from libortho.serve.limits import Limits
 from libortho.serve.policy import owner_policy
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -162,6 +165,50 @@ def test_a_summary_of_another_split_is_not_shown(reported, tmp_path) -> None:
     assert describe_split(reported)["sweep"] is not None
     (other / "report.json").unlink()
     assert describe_split(other)["report"] is None
+
+
+@pytest.fixture(scope="module")
+def in_chat_form(reported, tmp_path_factory) -> Path:
+    """The same split, as if it had been measured in the chat form."""
+    folder = tmp_path_factory.mktemp("chat") / "split"
+    shutil.copytree(reported, folder)
+    report = json.loads((folder / "report.json").read_text())
+    report["settings"]["template"] = "chat"
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_the_page_offers_the_chat_form_where_the_server_has_it(
+    serve, loaded, reported, in_chat_form
+) -> None:
+    found = []
+    for folder, template in ((reported, "chat"), (in_chat_form, "chat"), (in_chat_form, "plain")):
+        engine = TransformersEngine(loaded, Limits(rows=8), template)
+        with serve(policy=owner_policy(digest(TOKEN)), engine=engine, page=folder) as server:
+            state = httpx2.get(f"{server.url}/ui/state", headers=OWNER).json()
+        found.append((state["chat"], state["form"]))
+    assert found == [(True, "plain"), (True, "chat"), (False, "chat")]
+
+
+@needs_browser
+def test_a_split_that_was_measured_in_the_chat_form_is_asked_in_it(
+    serve, in_chat_form, browser, tmp_path, lines
+) -> None:
+    policy = dataclasses.replace(owner_policy(digest(TOKEN)), audit_text=True)
+    with serve(policy=policy, page=in_chat_form) as server:
+        opened(browser, server.url)
+        assert find(browser, "form").get_attribute("value") == "chat"
+        find(browser, "prompt").send_keys("where is it")
+        find(browser, "go").click()
+        asked(browser)
+        forget = tmp_path / "forget.jsonl"
+        forget.write_text(json.dumps({"question": "where is it", "answer": "here"}))
+        find(browser, "forget").send_keys(str(forget))
+        find(browser, "run-sweep").click()
+        until(browser, lambda: "measured now" in find(browser, "sweep-source").text)
+        told = [line["prompt"] for line in lines(server.audit) if "prompt" in line]
+    assert told
+    assert all(one == [{"role": "user", "content": "where is it"}] for one in told), told
 
 
 @pytest.fixture

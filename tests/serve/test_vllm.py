@@ -250,6 +250,24 @@ def test_what_vllm_does_not_take_is_refused(canary, options) -> None:
     assert "are for --engine transformers" in done.output
 
 
+def test_a_split_that_was_measured_in_another_form_than_vllm_has(canary, tmp_path, caplog) -> None:
+    folder = tmp_path / "split"
+    shutil.copytree(canary, folder)
+
+    def warned(template: str | None, *more: str) -> bool:
+        report = {"settings": {"template": template}}
+        (folder / "report.json").write_text(json.dumps(report))
+        caplog.clear()
+        done = serve_vllm(folder, *more)  # neither --export nor --upstream: it stops there
+        assert done.exit_code == 2, done.output
+        return "questions asked as plain text" in caplog.text
+
+    assert warned("plain")
+    assert not warned("plain", "--template", "chat")
+    assert not warned("chat")
+    assert not warned(None)
+
+
 def serve_vllm(folder: Path, *options: str) -> Any:
     return CliRunner().invoke(app, ["serve", str(folder), "--engine", "vllm", *options])
 

@@ -22,11 +22,13 @@ from libortho.cli.options import (
     Method,
     OrthoRatio,
     Seed,
+    SplitTemplate,
     Targets,
     TemplateOption,
     check_earlier,
     check_template,
     method_config,
+    split_template,
 )
 from libortho.cli.serve import keys, serve, ui
 from libortho.cli.strip import strip
@@ -183,7 +185,7 @@ def evaluate(
         Path, typer.Option(help="JSONL as for `separate`, or a plain text file (.txt).")
     ],
     alpha: Annotated[str, typer.Option(help="Comma-separated values in [0, 1].")] = "0,0.5,1",
-    template: TemplateOption = "plain",
+    template: SplitTemplate = None,
     device_map: DeviceMap = None,
     json_file: Json = None,
     seed: Seed = 0,
@@ -196,7 +198,7 @@ def evaluate(
             folder,
             text,
             alpha=alpha,
-            template=check_template(template),
+            template=split_template(template, folder, "plain"),
             json_file=json_file,
             seed=seed,
             device_map=device_map,
@@ -211,7 +213,7 @@ def chat(
         bool, typer.Option("--compare", help="Show alpha 0 beside --alpha (1 if that is 0).")
     ] = False,
     prompt: Annotated[str | None, typer.Option(help="Answer this one prompt and leave.")] = None,
-    template: TemplateOption = "plain",
+    template: SplitTemplate = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     json_file: Json = None,
     seed: Seed = 0,
@@ -224,7 +226,7 @@ def chat(
             folder,
             alphas=(0.0, alpha or 1.0) if compare else (alpha,),
             prompt=prompt,
-            template=check_template(template),
+            template=split_template(template, folder, "plain"),
             max_new_tokens=max_new_tokens,
             json_file=json_file,
             seed=seed,

@@ -14,7 +14,7 @@ from libortho.cli.console import (
     reporting_errors,
     write_json,
 )
-from libortho.cli.options import Json, Seed, TemplateOption, check_template
+from libortho.cli.options import Json, Seed, SplitTemplate, split_template
 
 
 def attack(
@@ -46,7 +46,7 @@ def attack(
         str, typer.Option(help="Which, with commas; default: all that are registered.")
     ] = "",
     size: Annotated[str, typer.Option(help="small (minutes) or full.")] = "small",
-    template: TemplateOption = "plain",
+    template: SplitTemplate = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -91,7 +91,7 @@ def attack(
             forget=tuple(read_jsonl(forget)),
             retain=tuple(read_jsonl(retain)),
             holdout=() if holdout is None else tuple(read_jsonl(holdout)),
-            template=check_template(template),
+            template=split_template(template, folder, "plain"),
             pretrained=None if pretrained is None else load_model(pretrained),
         )
         described: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from libortho.checkpoint.reports import read_template
 from libortho.config import BaseConfig
 from libortho.data.tokens import Template
 from libortho.goal import Earlier
@@ -56,6 +57,13 @@ DeviceMap = Annotated[
 TemplateOption = Annotated[
     str, typer.Option("--template", help="How a question becomes a prompt: plain or chat.")
 ]
+SplitTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help="How a question becomes a prompt: plain or chat; default: the split's own.",
+    ),
+]
 
 
 def method_config(
@@ -91,3 +99,20 @@ def check_template(name: str) -> Template:
     if name not in ("plain", "chat"):
         raise ValueError(f"--template {name!r}: expected plain or chat")
     return name  # type: ignore[return-value]
+
+
+def split_template(name: str | None, folder: Path, unknown: Template) -> Template:
+    """How a split is asked: as `--template` says, else as it was made and measured.
+
+    Args:
+        name: what `--template` was given, if anything.
+        folder: the split.
+        unknown: for a folder that does not say how it was measured.
+
+    Raises:
+        ValueError: a name that there is not.
+        CheckpointError: the split's report is malformed.
+    """
+    if name is not None:
+        return check_template(name)
+    return read_template(folder) or unknown

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from libortho.cli.console import console, reporting_errors
-from libortho.cli.options import TemplateOption, check_template
+from libortho.cli.options import SplitTemplate, split_template
 
 if TYPE_CHECKING:
     from libortho.serve.engine import Engine
@@ -55,7 +55,7 @@ def serve(
         Path | None, typer.Option(help="Append JSON lines to this file: who was given which alpha.")
     ] = None,
     ui: Annotated[bool, typer.Option("--ui", help="Serve the page of `libortho ui` too.")] = False,
-    template: TemplateOption = "chat",
+    template: SplitTemplate = None,
     dtype: Dtype = None,
     dense: Dense = False,
     rows: Rows = 32,
@@ -108,7 +108,7 @@ def serve(
             raise ValueError(
                 "--upstream, --base, --adapter, --export and --vllm-options are for --engine vllm"
             )
-        if engine == "vllm" and (template != "chat" or dtype or dense):
+        if engine == "vllm" and (template not in (None, "chat") or dtype or dense):
             raise ValueError(
                 "--template, --dtype and --dense are for --engine transformers: vLLM has the "
                 "model's own chat template, and a dtype by its own options"
@@ -116,6 +116,8 @@ def serve(
         _log()
         with ExitStack() as held:
             if engine == "vllm":
+                if split_template(template, folder, "chat") == "plain":
+                    _warn_of_chat_form(folder)
                 more = shlex.split(vllm_options)
                 made = _vllm(folder, upstream, base, adapter or [], export, more, limits, held)
             else:
@@ -130,7 +132,7 @@ def serve(
 def ui(
     folder: Folder,
     port: Port = 8000,
-    template: TemplateOption = "chat",
+    template: SplitTemplate = None,
     dtype: Dtype = None,
     dense: Dense = False,
 ) -> None:
@@ -188,6 +190,16 @@ def _log() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
 
 
+def _warn_of_chat_form(folder: Path) -> None:
+    import logging
+
+    logging.getLogger(__name__).warning(
+        "%s was measured with its questions asked as plain text: vLLM puts messages in the model's "
+        "chat form, in which what it forgot was not measured",
+        folder,
+    )
+
+
 def _run(
     engine: Engine,
     limits: Limits,
@@ -221,7 +233,7 @@ def _run(
 
 
 def _transformers(
-    folder: Path, dtype: str | None, dense: bool, limits: Limits, template: str
+    folder: Path, dtype: str | None, dense: bool, limits: Limits, template: str | None
 ) -> Engine:
     import torch
 
@@ -230,7 +242,7 @@ def _transformers(
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype!r}: expected float32, bfloat16 or float16")
-    checked = check_template(template)
+    checked = split_template(template, folder, "chat")
     loaded = load_for_serving(folder, None if dtype is None else getattr(torch, dtype), dense)
     return TransformersEngine(loaded, limits, checked)
 

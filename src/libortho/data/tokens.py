@@ -126,6 +126,17 @@ def as_tokens(
     return result
 
 
+def holds_question(items: Sequence[Any]) -> bool:
+    """Whether a template has, or may have had, a part in any of the items of `as_tokens`.
+
+    It has none in a text. Tokens may have been made with one.
+    """
+    return any(
+        not isinstance(item, str) and not (isinstance(item, Example) and item.question is None)
+        for item in items
+    )
+
+
 def _one(item: Any, tokenizer: PreTrainedTokenizerBase | None, template: Template) -> Tokens:
     if isinstance(item, Tokens):
         return item

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from libortho.data.tokens import Template
 from libortho.errors import LibOrthoError
 
 Finish = Literal["stop", "length"]
@@ -177,6 +178,9 @@ class Engine(Protocol):
 
     digest: str
     """What identifies the model: SHA-256 of its base stream, or of what stands for it."""
+
+    template: Template
+    """How it turns messages into a prompt."""
 
     async def start(self) -> None:
         """Get ready.

@@ -125,7 +125,7 @@ class TransformersEngine:
             ValueError: the model keeps a state that is no plain KV cache.
         """
         self.digest = loaded.digest
-        self._loaded, self._limits, self._template = loaded, limits, template
+        self._loaded, self._limits, self.template = loaded, limits, template
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         weight = self._model.get_input_embeddings().weight
         assert isinstance(weight, torch.Tensor)
@@ -269,7 +269,7 @@ class TransformersEngine:
         return {prompt: self._encode(prompt) for prompt in prompts}
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        ids = encode_prompt(prompt, self._tokenizer, self._template, self._vocabulary)
+        ids = encode_prompt(prompt, self._tokenizer, self.template, self._vocabulary)
         if len(ids) > self._limits.prompt_tokens:
             raise bad_request(
                 f"a prompt of {len(ids)} tokens: expected at most {self._limits.prompt_tokens}",

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import httpx2
 
 from libortho.checkpoint import read_manifest
+from libortho.data.tokens import Template
 from libortho.serve.engine import (
     Answer,
     EngineUnavailable,
@@ -95,6 +96,7 @@ class VllmEngine:
             transport: how it is reached; the network by default.
         """
         self.digest = read_manifest(folder).base_sha256
+        self.template: Template = "chat"
         self._upstream, self._base, self._limits = upstream.rstrip("/"), base, limits
         self._adapters = dict(adapters)
         if base in self._adapters.values():

@@ -16,6 +16,7 @@ from fastapi.responses import RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from libortho.checkpoint.names import REPORT
+from libortho.checkpoint.reports import read_template
 from libortho.data.tokens import prompt_text
 from libortho.serve.gate import Gate
 
@@ -52,6 +53,8 @@ class _Files(StaticFiles):
 def add_page(app: FastAPI, gate: Gate, folder: Path) -> None:
     """Serve the page at `/ui/`, and send `/` there."""
     shown = describe_split(folder)
+    # Messages are asked in the server's form: "chat" on the page must not be another one.
+    shown["chat"] = shown["chat"] and gate.engine.template == "chat"
 
     @app.get("/ui/state", include_in_schema=False)
     async def state(request: Request) -> dict[str, Any]:
@@ -85,6 +88,7 @@ def describe_split(folder: Path) -> dict[str, Any]:
         # "{}" stands for the question.
         "plain": prompt_text("{}", "plain", None),  # type: ignore[arg-type]
         "chat": _has_chat_template(folder),
+        "form": read_template(folder) or "plain",
         "report": None if report is None else _report(report),
         "sweep": None if report is None else _sweep(folder, report),
     }

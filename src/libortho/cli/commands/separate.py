@@ -12,6 +12,7 @@ from libortho.checkpoint import check_writable, save_split
 from libortho.checkpoint.keys import current_access
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
 from libortho.data.examples import read_jsonl
+from libortho.data.tokens import holds_question
 from libortho.devices import check_device_map, offloaded
 from libortho.evaluation.finetuned import load_model
 from libortho.goal import Aiming
@@ -20,6 +21,8 @@ from libortho.report import SeparationReport
 from libortho.separate import SeparationConfig, check_sets, needs_before, separate_
 from libortho.streaming import check_streamed, separate_streamed
 from libortho.workers import GATHERED_BYTES, Workers
+
+_ASKED_PLAIN = "questions are asked as plain text; for a chat model use --template chat"
 
 
 def run_streamed(
@@ -83,6 +86,10 @@ def run_separate(
     retain_set = read_jsonl(retain)
     unseen_set = None if unseen is None else read_jsonl(unseen)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    asked = any(holds_question(items) for items in (forget_set, retain_set, unseen_set) if items)
+    # Said before the work, which may take hours.
+    if asked and config.template == "plain" and tokenizer.chat_template:
+        console.print(_ASKED_PLAIN, highlight=False, soft_wrap=True)
     loaded = load_model(model, device_map)
     with progress_bars() as progress, _cluster(ray, model, gathered_bytes) as workers:
         report = separate_(

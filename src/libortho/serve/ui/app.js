@@ -108,7 +108,7 @@ async function runSweep(event) {
     const sets = {};
     for (const [name, file] of Object.entries(files)) {
       if (!file) continue;
-      try { sets[name] = readExamples(await file.text(), state.plain).slice(0, MOST); } catch (error) { throw new Error(`${file.name}, ${error.message}`); }
+      try { sets[name] = readExamples(await file.text(), $("form").value === "chat" ? null : state.plain).slice(0, MOST); } catch (error) { throw new Error(`${file.name}, ${error.message}`); }
       if (!sets[name].length) throw new Error(`${file.name} is empty`);
     }
     const total = Object.values(sets).reduce((n, set) => n + set.length, 0);
@@ -185,6 +185,7 @@ async function load() {
   $("alpha").value = state.max_alpha;
   $("alpha-most").textContent = state.max_alpha === 0 ? (state.ortho === "present" ? "a key allows more" : `ortho ${state.ortho}`) : `${state.max_alpha} · memory on`;
   $("form").querySelector("[value=chat]").disabled = !state.chat;
+  $("form").value = state.chat ? state.form : "plain";
   sweep = fromSummary(state.sweep);
   if (sweep) $("sweep-source").textContent = `Answer probability at each alpha, as measured when the split was made (${state.sweep.source}).`;
   showAlpha();

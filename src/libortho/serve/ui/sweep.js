@@ -21,12 +21,14 @@ export function fromSummary(summary) {
   };
 }
 
-// JSONL -> [{ prompt, completion }]; a text is split after its first word.
+// JSONL -> [{ prompt or messages, completion }]: a question as `plain` has it, or as a message where
+// that is null; a text is split after its first word.
 export function readExamples(text, plain) {
   return text.split("\n").filter((line) => line.trim()).map((line, i) => {
     let row;
     try { row = JSON.parse(line); } catch { throw new Error(`line ${i + 1} is not JSON`); }
     if (typeof row.question === "string" && typeof row.answer === "string") {
+      if (plain === null) return { messages: [{ role: "user", content: row.question }], completion: row.answer };
       return { prompt: plain.replace("{}", () => row.question), completion: ` ${row.answer}` };
     }
     const words = typeof row.text === "string" ? row.text.match(/^(\s*\S+)(\s[\s\S]*\S)\s*$/) : null;
