@@ -160,6 +160,16 @@ class Front:
         url = f"{self.url}/v1"
         return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=ANSWER_SECONDS)
 
+    def ask_upstream(self, path: str, data: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What vLLM answers to who has its key."""
+        request = urllib.request.Request(
+            self.upstream + path,
+            data=None if data is None else json.dumps(data).encode(),
+            headers={"content-type": "application/json", "authorization": f"Bearer {UPSTREAM_KEY}"},
+        )
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+            return dict(json.load(answer))
+
     def health(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"{self.url}/healthz", timeout=60) as answer:
             return dict(json.load(answer))
