@@ -82,40 +82,6 @@ def test_bars_are_about_the_worst_beside_the_reference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "chance", "value", "beyond"),
-    [
-        (0.2, 0.0, 0.2, 0.0, "the reference's and chance"),  # no better than guessing
-        (0.15, 0.05, 0.2, -0.05, "the reference's and chance"),
-        (0.3, 0.0, 0.2, 0.1, "the reference's and chance"),
-        (0.6, 0.5, 0.2, 0.1, "the reference's and chance"),
-        (0.2, 0.0, None, 0.2, "the reference's"),
-        (0.2, 0.0, 0.0, 0.2, "the reference's and chance"),
-    ],
-)
-def test_a_bar_begins_at_chance(ours, theirs, chance, value: float, beyond: str) -> None:
-    def made(rate: float) -> list[Score]:
-        return [Score("guess", "right answers", rate, chance)]
-
-    results = {"probes": scores(**{"alpha 0": made(ours)}, reference=made(theirs))}
-    (bar,) = attack_bars(results)
-    assert bar.bar == f"probes: right answers beyond {beyond} (worst: guess)"
-    assert bar.value == pytest.approx(value)
-    assert bar.holds is (value <= 0.05)
-
-
-def test_below_chance_is_not_the_worst() -> None:
-    """Further from the reference's than the other, but not beyond what guessing gives."""
-
-    def made(letter: float, asked: float) -> list[Score]:
-        return [Score("letter", "right choices", letter, 0.2), Score("asked", "recall", asked)]
-
-    results = {"extraction": scores(**{"alpha 0": made(0.2, 0.43)}, reference=made(0.0, 0.36))}
-    (bar,) = attack_bars(results)
-    assert bar.bar == "extraction: recall beyond the reference's (worst: asked)"
-    assert bar.value == pytest.approx(0.07)
-
-
-@pytest.mark.parametrize(
     ("ours", "theirs", "value", "holds"),
     [
         ((0, True), (0, True), 1.0, True),

@@ -193,25 +193,14 @@ def _beside(attack: str, base: dict[str, Score], reference: dict[str, Score]) ->
     """The worst score of an attack, beside the reference's, of those that both models have."""
     both = {name: (base[name], reference[name]) for name in base if name in reference}
     steps = {name: pair for name, pair in both.items() if pair[0].measure == STEPS}
-    excess = {n: _excess(*pair) for n, pair in both.items() if n not in steps}
+    excess = {n: ours.value - theirs.value for n, (ours, theirs) in both.items() if n not in steps}
     found = [_steps(attack, steps)] if steps else []
     if excess:
         name = max(excess, key=excess.__getitem__)
         margin = MEMBERSHIP_MARGIN if attack == "membership" else RECALL_MARGIN
-        worst = both[name][0]
-        beyond = "the reference's" + ("" if worst.chance is None else " and chance")
-        bar = f"{attack}: {worst.measure} beyond {beyond} (worst: {name})"
+        bar = f"{attack}: {both[name][0].measure} beyond the reference's (worst: {name})"
         found.append(at_most(bar, excess[name], margin))
     return found
-
-
-def _excess(ours: Score, theirs: Score) -> float:
-    """How far ours is above the reference's, and above chance where that is known.
-
-    Right as often as chance gives nothing away, even where the reference's guesses had less luck.
-    """
-    known = theirs.value if ours.chance is None else max(theirs.value, ours.chance)
-    return ours.value - known
 
 
 def _steps(attack: str, pairs: Mapping[str, tuple[Score, Score]]) -> Bar:

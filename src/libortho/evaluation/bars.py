@@ -133,14 +133,12 @@ def demo_bars(rows: Mapping[str, Row], density: float) -> list[Bar]:
 
 
 def benchmark_bars(rows: Mapping[str, Row], density: float, baselines: Sequence[str]) -> list[Bar]:
-    """The bars of the whole benchmark, for the main method.
-
-    The list depends on nothing but whether there are baselines: two bars are about these.
+    """The bars of the whole benchmark, for the main method. The list is the same for every job.
 
     Args:
         rows: with "full", "reference", "alpha 0" and "alpha 1".
         density: ortho parameters over the targeted layers'.
-        baselines: names of the rows that are to be beaten, of those too that were not measured.
+        baselines: names of the rows that are to be beaten.
     """
     full, base, whole = (rows[name] for name in ("full", "alpha 0", "alpha 1"))
     bounds = limits(quick=False)
@@ -154,7 +152,7 @@ def benchmark_bars(rows: Mapping[str, Row], density: float, baselines: Sequence[
         share = _ratio(_value(base, measure), _value(full, measure))
         return at_least(f"{what} / full model's", share, bounds.kept)
 
-    found = [
+    return [
         at_least("full model: forget probability", _value(full, "forget_probability"), 0.9),
         at_least(QUALITY, _value(base, "forget_quality"), bounds.forget_quality),
         apart("forget probability", "forget_probability", bounds.forget_gap),
@@ -177,11 +175,6 @@ def benchmark_bars(rows: Mapping[str, Row], density: float, baselines: Sequence[
             "alpha 1: mean token KL to the full model, nats", _value(whole, "kl_to_full"), 1e-3
         ),
         _density(density),
-    ]
-    if not baselines:
-        return found
-    return [
-        *found,
         at_least(
             "seconds of the fastest gradient baseline at equal forgetting / of the split",
             _ratio(
