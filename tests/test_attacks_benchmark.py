@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from benchmark_modules import load_benchmark
 
 from libortho.baselines.losses import NPO
 from libortho.baselines.registry import baseline
 from libortho.data import Example, Task
 from libortho.evaluation.job import TofuJob
 
-BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "attacks.py"
-
 
 @pytest.fixture
 def attacks(monkeypatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("attacks_benchmark", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "attacks_benchmark", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("attacks", monkeypatch)
 
 
 def test_a_baseline_is_found_again_and_made_again(

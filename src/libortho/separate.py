@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,8 +21,8 @@ from libortho.alpha import ortho_layers
 from libortho.base import check_width
 from libortho.calibration import not_finite
 from libortho.config import check_choice, to_dict
-from libortho.data.general import general_text
-from libortho.data.tokens import Template, Tokens, as_tokens, collate, holds_question, spread
+from libortho.data.tokens import Template, Tokens, holds_question, spread
+from libortho.given import check_outputs, checked_tokens, general_tokens
 from libortho.goal import Aiming, Earlier, choose_goal
 from libortho.ignorant import check_trainable, exchange_, ignorant_model
 from libortho.layer import OrthoLinear
@@ -33,7 +32,6 @@ from libortho.methods import METHODS, method_of
 from libortho.methods.geometric import GeometricConfig
 from libortho.methods.graft import GraftConfig
 from libortho.report import SeparationReport, measure_layer
-from libortho.scoring import check_vocabulary
 from libortho.solvers import SOLVERS, MethodConfig
 from libortho.solvers.problem import Journal, Problem, Progress
 from libortho.workers import ThisProcess, Workers
@@ -153,10 +151,10 @@ def separate_(
         check_width(weight.shape[1], config.method.base, name)
 
     def tokens(items: Sequence[Any], label: str) -> list[Tokens]:
-        return _checked_tokens(model, before, items, label, tokenizer, config.template)
+        return checked_tokens(model, before, items, label, tokenizer, config.template)
 
     if before is not None:
-        _check_outputs(model, before)
+        check_outputs(model, before)
     check_sets(config, forget, before is not None)
     forget_items = [] if forget is None or len(forget) == 0 else tokens(forget, "forget")
     retain_items = tokens(retain, "retain")
@@ -170,7 +168,7 @@ def separate_(
             if tokenizer is None:
                 journal.warnings.append(NO_GENERAL_TEXT)
             else:
-                general = spread([_general_text(model, before, tokenizer)], GENERAL_TOKENS)
+                general = spread([general_tokens(model, before, tokenizer)], GENERAL_TOKENS)
         sets = {
             "forget": forget_items,
             "retain": retain_items,
@@ -261,57 +259,6 @@ def check_sets(config: SeparationConfig, forget: Sequence[Any] | None, before: b
         f"{method_of(config.method)!r} needs at least one sequence; without any, there is "
         + " or ".join(map(repr, able))
     )
-
-
-def _check_outputs(model: PreTrainedModel, before: PreTrainedModel) -> None:
-    """Raise ValueError unless the earlier model predicts the same tokens."""
-    sizes = []
-    for one in (model, before):
-        head = one.get_output_embeddings()
-        sizes.append(int(getattr(head, "out_features", 0) or head.weight.shape[0]))
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"the earlier model predicts {sizes[1]} tokens and the model {sizes[0]}: expected the "
-            "same vocabulary (resize_token_embeddings makes it so, where one is padded)"
-        )
-
-
-def _context(model: PreTrainedModel, before: PreTrainedModel | None) -> int:
-    """Tokens that both models take at once; what they do not say is without limit."""
-    told = [getattr(one.config, "max_position_embeddings", None) for one in (model, before) if one]
-    return min((context for context in told if context), default=sys.maxsize)
-
-
-def _general_text(
-    model: PreTrainedModel, before: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
-) -> list[Tokens]:
-    """The embedded general text, each paragraph as far as the models' context goes."""
-    longest = _context(model, before)
-    items = as_tokens(general_text(), "general text", tokenizer)
-    return [Tokens(item.ids[:longest], item.prompt) for item in items]
-
-
-def _checked_tokens(
-    model: PreTrainedModel,
-    before: PreTrainedModel | None,
-    items: Sequence[Any],
-    label: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    template: Template,
-) -> list[Tokens]:
-    result = as_tokens(items, label, tokenizer, template)
-    longest = _context(model, before)
-    for position, item in enumerate(result):
-        if len(item.ids) > longest:
-            raise ValueError(
-                f"{label}[{position}] is {len(item.ids)} tokens long, and the model's context "
-                f"{longest}: cut it into pieces"
-            )
-        try:
-            check_vocabulary(model, collate([item], [0]))
-        except ValueError as error:
-            raise ValueError(f"{label}[{position}]: {error}") from None
-    return result
 
 
 @contextmanager

@@ -8,7 +8,7 @@ and no entry of one row is ever read by another (the attention of a batch never 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,9 @@ class RunningRows:
         self.attention = pad(self.attention, (0, len(tokens)), value=1)
         positions = torch.arange(self.attention.shape[1])[None, -len(tokens) :]
         ids = torch.tensor([list(tokens)])
-        return self._run(ids, self.attention, positions, self.alphas, self._cache, {})[0]
+        return self._forward(ids, self.attention, positions, self.alphas, self._cache, last=False)[
+            0
+        ]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these (in rising order), with their caches."""
@@ -128,22 +130,13 @@ class RunningRows:
         positions: Tensor,
         alphas: Sequence[float],
         cache: Any,
+        last: bool = True,
     ) -> Tensor:
-        return self._run(ids, attention, positions, alphas, cache, self._last_only)[:, -1]
-
-    def _run(
-        self,
-        ids: Tensor,
-        attention: Tensor,
-        positions: Tensor,
-        alphas: Sequence[float],
-        cache: Any,
-        kept: Mapping[str, Tensor],
-    ) -> Tensor:
+        """Logits of the last position, (rows, vocabulary), or of all, (rows, length, ...)."""
         weight = self.model.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         device = weight.device
-        more = dict(kept)
+        more = dict(self._last_only) if last else {}
         if self._positions:
             more["position_ids"] = positions.to(device)
         with scope_of_rows(self.model, alphas):
@@ -155,7 +148,7 @@ class RunningRows:
                 **more,
             )
         logits: Tensor = output.logits
-        return logits
+        return logits[:, -1] if last else logits
 
 
 def given_logprobs(model: PreTrainedModel, tokens: Tokens, alpha: float) -> Iterator[list[float]]:
