@@ -122,6 +122,23 @@ def test_a_split_is_a_path_over_alpha(summary) -> None:
     assert [(0.40, 0.20), (0.50, 0.95)] in paths
 
 
+def test_what_was_not_measured_is_not_drawn_as_if_it_were(summary) -> None:
+    def styles(name: str) -> set[tuple[int, str]]:
+        (axes,) = drawn(summary)[name].figure.axes
+        lines = [line for line in axes.get_lines() if line.get_label() != "forget, never saw them"]
+        found = {(len(line.get_xdata()), line.get_linestyle()) for line in lines}
+        return {(steps, style) for steps, style in found if steps > 1 and style != "--"}
+
+    # geometric was measured at three alphas, saliency at the ends
+    assert styles("forgetting_against_utility") == {(3, "-"), (2, ":")}
+    assert styles("alpha_sweep") == {(3, "-")}
+    assert "Dotted" in drawn(summary)["quality_against_utility"].caption
+    assert "Dotted" not in drawn(summary)["alpha_sweep"].caption
+    del summary["rows"]["alpha 0.5"]
+    assert styles("alpha_sweep") == {(2, ":")}
+    assert "Dotted" in drawn(summary)["alpha_sweep"].caption
+
+
 @pytest.mark.parametrize("quick", [True, False])
 def test_the_field_is_where_both_bars_hold(summary, quick: bool) -> None:
     summary["suite"]["quick"] = quick

@@ -105,7 +105,7 @@ def test_a_full_queue_is_a_429_and_nothing_is_lost(serve, loaded, complete) -> N
 def test_a_prompt_is_encoded_once_and_not_on_the_event_loop(
     serve, loaded, monkeypatch, complete
 ) -> None:
-    import libortho.serve.engine_transformers as module
+    import libortho.serve.prompts as module
 
     limits = Limits(rows=4)
     engine = TransformersEngine(loaded, limits)
@@ -138,7 +138,7 @@ def test_a_prompt_is_encoded_once_and_not_on_the_event_loop(
 
 
 def test_a_text_that_cannot_fit_is_not_encoded(serve, loaded, monkeypatch, complete) -> None:
-    import libortho.serve.engine_transformers as module
+    import libortho.serve.prompts as module
 
     monkeypatch.setattr(module, "encode_prompt", lambda *_: pytest.fail("it was encoded"))
     longest = max(map(len, loaded.tokenizer.get_vocab()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -33,6 +33,8 @@ LEAST_P = 1e-20
 
 LEAST_SPAN = 0.2
 """Utility that an axis spans at least: a hundredth more or less should not fill the plot."""
+
+UNMEASURED = " Dotted: between its two ends nothing was measured."
 
 TOP = 6.0
 """End of the axis of p-values: above 1, for a mark there to be whole."""
@@ -66,8 +68,8 @@ def forgetting_against_utility(rows: Rows, main: str, bounds: Limits) -> Picture
     """
     measure = "model_utility" if "model_utility" in rows["full"] else "retain_probability"
     figure, axes = canvas(measure.replace("_", " "), "forget answer probability", height=4.6)
-    _models(axes, rows, main, measure, "forget_probability")
-    caption = "Down is forgotten, right is useful. A split's large mark is alpha 0."
+    dotted = _models(axes, rows, main, measure, "forget_probability")
+    caption = "Down is forgotten, right is useful. A split's large mark is alpha 0." + dotted
     if "reference" in rows:
         level = rows["reference"]["forget_probability"]
         axes.axhline(level, color=GREEN, ls="--", lw=1.2, zorder=1)
@@ -87,7 +89,7 @@ def quality_against_utility(rows: Rows, main: str, bounds: Limits) -> Picture | 
     if not {"forget_quality", "model_utility"} <= set(rows["full"]):
         return None
     figure, axes = canvas("model utility", "forget quality, p of the KS test", height=4.6)
-    _models(axes, rows, main, "model_utility", "forget_quality", least=LEAST_P)
+    dotted = _models(axes, rows, main, "model_utility", "forget_quality", least=LEAST_P)
     axes.set_yscale("log")
     axes.axhline(bounds.forget_quality, color=GREEN, ls="--", lw=1.2, zorder=1)
     _goal(axes, rows["full"]["model_utility"] * bounds.kept, bounds.forget_quality, TOP)
@@ -98,15 +100,15 @@ def quality_against_utility(rows: Rows, main: str, bounds: Limits) -> Picture | 
         "Forget quality against utility",
         "Up is as if it had never been seen, right is useful. A split's large mark is alpha 0. "
         "Below the dashed line a test tells the model from one that never saw the forget set. In "
-        "the green field both bars hold.",
+        "the green field both bars hold." + dotted,
         figure,
     )
 
 
-def _models(axes: Axes, rows: Rows, main: str, x: str, y: str, least: float = -math.inf) -> None:
+def _models(axes: Axes, rows: Rows, main: str, x: str, y: str, least: float = -math.inf) -> str:
     """Every model as a point, every split as a path over alpha; what was not measured is left out.
 
-    `least`: smaller values of `y` are drawn there.
+    `least`: smaller values of `y` are drawn there. Returns what the caption must say of the paths.
     """
     paths: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
     points: dict[str, Mapping[str, Any]] = {}
@@ -123,7 +125,7 @@ def _models(axes: Axes, rows: Rows, main: str, x: str, y: str, least: float = -m
     for (colour, marker), (method, path) in zip(_SPLITS, paths.items(), strict=False):
         path = sorted(path, key=lambda step: step[0])
         xs, ys = zip(*(at(row) for _, row in path), strict=True)
-        axes.plot(xs, ys, color=colour, lw=1.6, marker=marker, ms=4, zorder=3)
+        axes.plot(xs, ys, color=colour, ls=_path(xs), lw=1.6, marker=marker, ms=4, zorder=3)
         label = f"{method}, alpha {path[0][0]:g} to {path[-1][0]:g}"
         axes.plot(xs[0], ys[0], color=colour, marker=marker, ms=9, ls="none", label=label, zorder=4)
     shapes = iter(_BASELINES)
@@ -140,6 +142,12 @@ def _models(axes: Axes, rows: Rows, main: str, x: str, y: str, least: float = -m
     left, right = axes.get_xlim()
     left = min(left, right - LEAST_SPAN)
     axes.set_xlim(left, right + 0.03 * (right - left))  # where a mark at the edge is whole
+    return UNMEASURED if any(_path(path) == ":" for path in paths.values()) else ""
+
+
+def _path(steps: Sequence[Any]) -> str:
+    """The line between measurements: dotted where there are but the two ends."""
+    return "-" if len(steps) > 2 else ":"
 
 
 def _goal(axes: Axes, left: float, low: float, high: float) -> None:
@@ -164,7 +172,8 @@ def alpha_sweep(rows: Rows) -> Picture:
     alphas = [alpha for alpha, _ in points]
     for part, colour, marker in (("retain", BLUE, "s"), ("forget", VERMILION, "o")):
         values = [row[f"{part}_probability"] for _, row in points]
-        axes.plot(alphas, values, color=colour, marker=marker, label=f"{part} authors", lw=2)
+        label = f"{part} authors"
+        axes.plot(alphas, values, color=colour, ls=_path(alphas), lw=2, marker=marker, label=label)
     if "reference" in rows:
         level = rows["reference"]["forget_probability"]
         axes.axhline(level, color=GREEN, ls="--", lw=1.5, label=f"forget, {REFERENCE}")
@@ -173,7 +182,8 @@ def alpha_sweep(rows: Rows) -> Picture:
     return Picture(
         "alpha_sweep",
         "Turning alpha up",
-        "Turning alpha up brings the forgotten authors back; the others never left.",
+        "Turning alpha up brings the forgotten authors back; the others never left."
+        + (UNMEASURED if _path(alphas) == ":" else ""),
         figure,
     )
 

@@ -26,16 +26,15 @@ from libortho.serve.engine import (
     Finish,
     Generation,
     Piece,
-    Prompt,
     Scores,
     Scoring,
     Status,
     TokenLogprob,
 )
-from libortho.serve.errors import ApiError, alpha_not_served, bad_request
+from libortho.serve.errors import ApiError, alpha_not_served
 from libortho.serve.limits import Limits
 from libortho.serve.loading import Loaded
-from libortho.serve.prompts import encode_prompt
+from libortho.serve.prompts import BoundedEncoder
 from libortho.serve.rows import RunningRows, check_model, given_logprobs
 from libortho.serve.sampling import Chosen, Rule, choose
 from libortho.serve.text import TextStream
@@ -127,19 +126,12 @@ class TransformersEngine:
         self.digest = loaded.digest
         self._loaded, self._limits, self.template = loaded, limits, template
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
-        weight = self._model.get_input_embeddings().weight
-        assert isinstance(weight, torch.Tensor)
-        self._vocabulary = weight.shape[0]
-        self._context = int(
-            getattr(self._model.config, "max_position_embeddings", limits.batch_tokens)
-        )
         self._ends = frozenset(end_tokens(self._model, self._tokenizer))
-        # What no tokenizer of this vocabulary could bring within bounds is not even encoded.
-        self._longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
-        self.mixed = check_model(self._model, self._vocabulary)
+        self._encoder = BoundedEncoder(self._model, self._tokenizer, limits, template)
+        self.mixed = check_model(self._model, self._encoder.vocabulary)
         # Encoding a long text takes a while, so it is not done on the event loop; in one thread,
         # since a tokenizer is not made for several.
-        self._encoder = ThreadPoolExecutor(1, "libortho-tokenizer")
+        self._aside = ThreadPoolExecutor(1, "libortho-tokenizer")
         self._arriving = 0
         self._wake = threading.Condition()
         self._waiting: deque[_Row] = deque()
@@ -165,7 +157,7 @@ class TransformersEngine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
-        self._encoder.shutdown(wait=False)
+        self._aside.shutdown(wait=False)
 
     def status(self) -> Status:
         """How it is now."""
@@ -182,9 +174,9 @@ class TransformersEngine:
             self._check_alpha(work.alpha)
         prompts = list(dict.fromkeys(work.prompt for work in works))
         for prompt in prompts:
-            self._check_characters(prompt)
+            self._encoder.check_characters(prompt)
         with self._places(len(works)):
-            encoded = await self._aside(self._encode_all, prompts)
+            encoded = await self._run_aside(self._encoder.prompts, prompts)
             rows = [self._row(work, encoded[work.prompt]) for work in works]
             with self._wake:
                 self._check_open()
@@ -197,11 +189,9 @@ class TransformersEngine:
         self._check_open()
         for alpha in work.alphas:
             self._check_alpha(alpha)
-        self._check_characters(work.prompt)
-        self._check_fits("completion", len(work.completion), self._limits.max_tokens)
+        self._encoder.check_characters(work.prompt, work.completion)
         with self._places(1):
-            head, tail, texts = await self._aside(self._encode_scoring, work)
-            self._check_length(len(head) + len(tail))
+            head, tail, texts = await self._run_aside(self._encoder.scoring, work)
             assert self._loop is not None
             found: dict[float, list[float]] = {alpha: [] for alpha in work.alphas}
             job = _Job(Tokens((*head, *tail), len(head)), found, self._loop.create_future())
@@ -231,9 +221,9 @@ class TransformersEngine:
         finally:
             self._arriving -= count
 
-    async def _aside(self, function: Callable[[_T], _U], argument: _T) -> _U:
+    async def _run_aside(self, function: Callable[[_T], _U], argument: _T) -> _U:
         """Run something that takes a while in the tokenizer's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, function, argument)
+        return await asyncio.get_running_loop().run_in_executor(self._aside, function, argument)
 
     def _check_open(self) -> None:
         if not self.status().ready:
@@ -244,66 +234,7 @@ class TransformersEngine:
         if not status.serves(alpha):
             raise alpha_not_served(alpha, status.served())
 
-    def _check_length(self, length: int) -> None:
-        longest = min(self._context, self._limits.batch_tokens)
-        if length > longest:
-            raise bad_request(
-                f"{length} tokens, prompt and answer together: expected at most {longest}",
-                code="context_length_exceeded",
-            )
-
-    def _check_characters(self, prompt: Prompt) -> None:
-        characters = len(prompt.text or "") + sum(len(m.content) for m in prompt.messages or ())
-        most = min(self._limits.prompt_tokens, self._context, self._limits.batch_tokens)
-        self._check_fits("prompt", characters, most)
-
-    def _check_fits(self, name: str, characters: int, tokens: int) -> None:
-        most = tokens * self._longest_token
-        if characters > most:
-            raise bad_request(
-                f"a {name} of {characters} characters: expected at most {most}",
-                code="context_length_exceeded",
-            )
-
-    def _encode_all(self, prompts: Sequence[Prompt]) -> dict[Prompt, tuple[int, ...]]:
-        return {prompt: self._encode(prompt) for prompt in prompts}
-
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        ids = encode_prompt(prompt, self._tokenizer, self.template, self._vocabulary)
-        if len(ids) > self._limits.prompt_tokens:
-            raise bad_request(
-                f"a prompt of {len(ids)} tokens: expected at most {self._limits.prompt_tokens}",
-                code="context_length_exceeded",
-            )
-        return ids
-
-    def _encode_scoring(
-        self, work: Scoring
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
-        """Ids of the prompt and of the completion, and the text of each of the latter."""
-        head = self._encode(work.prompt)
-        tail = tuple(self._tokenizer(work.completion, add_special_tokens=False).input_ids)
-        if not tail:
-            raise bad_request("the completion is empty: expected at least one token", "completion")
-        if len(tail) > self._limits.max_tokens:
-            raise bad_request(
-                f"a completion of {len(tail)} tokens: expected at most {self._limits.max_tokens}",
-                "completion",
-                "context_length_exceeded",
-            )
-        text = TextStream(self._tokenizer)
-        texts = [text.push(token) for token in tail]
-        texts[-1] += text.finish()
-        return head, tail, tuple(texts)
-
     def _row(self, work: Generation, ids: tuple[int, ...]) -> _Row:
-        if work.max_tokens is None:
-            self._check_length(len(ids) + 1)
-            longest = min(self._context, self._limits.batch_tokens)
-            room = min(self._limits.default_tokens, longest - len(ids))
-        else:
-            self._check_length(len(ids) + work.max_tokens)
-            room = work.max_tokens
         generator = torch.Generator()
         if work.seed is None:
             generator.seed()
@@ -311,6 +242,7 @@ class TransformersEngine:
             generator.manual_seed(work.seed)
         rule = Rule(work.temperature, work.top_p, generator, work.logprobs)
         text = TextStream(self._tokenizer, work.stop)
+        room = self._encoder.room(len(ids), work.max_tokens)
         return _Row(_Answer(), ids, work.alpha, room, rule, text)
 
     def _text_of(self, token: int) -> str:
