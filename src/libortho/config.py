@@ -44,6 +44,17 @@ def check_positive(name: str, value: float, *, zero: bool = False) -> None:
         raise ValueError(f"{name}={value!r}: expected a finite number {'>=' if zero else '>'} 0")
 
 
+MOST_NLL = 30.0
+"""Nats per token: a probability of 1e-13, below which fp32 tells none apart."""
+
+
+def check_nll(name: str, value: float) -> None:
+    """Raise unless `value` is a finite number above 0 and at most `MOST_NLL`."""
+    check_positive(name, value)
+    if value > MOST_NLL:
+        raise ValueError(f"{name}={value!r}: expected at most {MOST_NLL:g} nats per token")
+
+
 def check_count(name: str, value: int, least: int) -> None:
     """Raise ValueError unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

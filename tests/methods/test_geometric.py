@@ -23,6 +23,7 @@ from libortho import GeometricConfig
         ("tolerance", 1.5, ValueError),
         ("ortho_dtype", "int8", ValueError),
         ("target_nll", 0.0, ValueError),
+        ("target_nll", 30.5, ValueError),
         ("target_nll", True, TypeError),
     ],
 )

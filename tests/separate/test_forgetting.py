@@ -20,7 +20,9 @@ from libortho import (
 )
 from libortho.data.examples import Example
 from libortho.data.tokens import Tokens
+from libortho.methods.edits import LowRankEdit
 from libortho.scoring import perplexity, sequence_nll
+from libortho.solvers import fitting
 
 TARGETS = ("up_proj", "down_proj")
 
@@ -192,3 +194,30 @@ def test_spectral_fallback_is_in_the_report(memorised) -> None:
     notes = {layer.name: layer.note for layer in report.layers}
     assert all(("low-rank error" in note) == ("up_proj" in name) for name, note in notes.items())
     assert "low-rank error" in str(report)
+
+
+@pytest.mark.parametrize(("sequences", "steps", "share"), [(3, 3, 1.0), (4, 4, 1.0), (8, 8, 0.5)])
+def test_long_epochs_take_shorter_steps_and_are_as_many(
+    memorised, sequences: int, steps: int, share: float, config, monkeypatch
+) -> None:
+    m = memorised
+    rates: list[float] = []
+    counted = 0
+
+    def epoch(self: fitting.Fit, rate: float) -> dict[str, LowRankEdit]:
+        rates.append(rate)
+        return self._descent.edits()
+
+    def first(self: fitting.Fit, *args: object) -> None:
+        nonlocal counted
+        made(self, *args)
+        counted = self._steps
+
+    made = fitting.Fit.__init__
+    monkeypatch.setattr(fitting.Fit, "epoch", epoch)
+    monkeypatch.setattr(fitting.Fit, "__init__", first)
+    forget = [m.forget[i % len(m.forget)] for i in range(sequences)]
+    method = {"batch": 1, "fit_steps": 24, "rate": 0.4, "target_nll": 30.0}
+    separate_(m.model, forget, m.retain, config(**method))
+    assert counted == steps
+    assert rates == [0.4 * share] * (24 // min(steps, 4))

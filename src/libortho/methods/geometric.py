@@ -17,6 +17,7 @@ from libortho.config import (
     check_choice,
     check_count,
     check_fraction,
+    check_nll,
     check_positive,
 )
 from libortho.methods.registry import register
@@ -34,10 +35,12 @@ class GeometricConfig:
         ridge: lambda, the multiple of the mean diagonal of E[x x^T] added to it.
         find_steps: steps that look for directions (see `Descent`).
         fit_steps: steps at most that then move them, each on a batch of the forget set and one of
-            the retain set.
+            the retain set; of more than four batches of the forget set, as many passes over it as
+            four would take.
         step: fraction of the Polyak step taken by the first kind; small steps bend with the loss,
             large ones overshoot and pay for it in retain damage.
-        rate: length of the second kind's steps, relative to the factors.
+        rate: length of the second kind's steps, relative to the factors; shorter, in proportion,
+            where a pass over the forget set takes more than four.
         batch: forget sequences per step of the second kind.
         retain_tokens: about how many tokens of retain and general text are in such a step.
         target_nll: nats per token that the forget set should cost at alpha = 0, where no earlier
@@ -77,7 +80,7 @@ class GeometricConfig:
         check_count("batch", self.batch, 1)
         check_count("retain_tokens", self.retain_tokens, 1)
         if self.target_nll is not None:
-            check_positive("target_nll", self.target_nll)
+            check_nll("target_nll", self.target_nll)
 
 
 register("geometric", GeometricConfig)

@@ -27,6 +27,7 @@ from libortho.config import (
     check_choice,
     check_count,
     check_fraction,
+    check_nll,
     check_positive,
     check_takes_no_moment,
 )
@@ -79,7 +80,7 @@ class SaliencyConfig:
         check_choice("ortho_dtype", self.ortho_dtype, FactorDtype)
         check_takes_no_moment(self.base, "saliency")
         if self.target_nll is not None:
-            check_positive("target_nll", self.target_nll)
+            check_nll("target_nll", self.target_nll)
 
 
 def saliency(gradient: Tensor, fisher: Tensor, damping: float) -> Tensor:

@@ -134,6 +134,11 @@ def find_directions(
     return descent
 
 
+def epoch_steps(problem: Problem, method: DescentConfig) -> int:
+    """Steps of a pass over the forget set."""
+    return math.ceil(len(problem.forget) / method.batch)
+
+
 class Fit:
     """The second phase: epochs over the forget set in small steps, each beside some retain text.
 
@@ -148,7 +153,6 @@ class Fit:
             from. What the model with the edit should say of each is asked once.
 
     Attributes:
-        steps: of an epoch.
         probability: the forget set's, per token, as the last epoch's steps saw it on their way.
     """
 
@@ -169,15 +173,15 @@ class Fit:
         self._originals: dict[int, Target] = {}
         self._keeping: Mapping[str, FactorGradient] = {}
         self._taken = 0
-        self.steps = math.ceil(len(problem.forget) / method.batch)
+        self._steps = epoch_steps(problem, method)
         self.probability = math.nan
 
     def epoch(self, rate: float) -> dict[str, LowRankEdit]:
         """Move the edit by one pass over the forget set, in steps of a length `rate`."""
         forget, probabilities = self._problem.forget, []
         index = self._order.sample(range(len(forget)), len(forget))
-        for step in range(self.steps):
-            rows = index[step :: self.steps]
+        for step in range(self._steps):
+            rows = index[step :: self._steps]
             probabilities += [self._step(rows, rate)] * len(rows)
         self.probability = sum(probabilities) / len(probabilities)
         return self._descent.edits()

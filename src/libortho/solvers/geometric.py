@@ -20,7 +20,7 @@ from libortho.methods.projection import Projection
 from libortho.ortho import LowRankOrtho
 from libortho.report import Split
 from libortho.scoring import answer_probability, sequence_nll
-from libortho.solvers.fitting import Course, Fit, checked_budget, find_directions
+from libortho.solvers.fitting import Course, Fit, checked_budget, epoch_steps, find_directions
 from libortho.solvers.metrics import each_layer, gather_moments, layer_memory, retain_metrics
 from libortho.solvers.problem import Problem
 from libortho.solvers.search import search
@@ -28,8 +28,14 @@ from libortho.solvers.spectrum import edit_spectrum
 from libortho.solvers.stored import is_coarse, probability_as_stored
 from libortho.workers import Piece, layer_groups
 
+EPOCH_STEPS = 4
+"""Steps of an epoch up to which each is as long as the config says. A larger forget set takes more
+of them, and shorter ones, so that an epoch goes as far: there is more that may be damaged on the
+way, and more retain text seen on it (docs/results.md, "Forty authors")."""
+
 POOL_TOKENS = 8_000
-"""See `Fit`: enough to keep to the original, of which the edit leaves most as it is."""
+"""See `Fit`: enough to keep to the original, of which the edit leaves most as it is; for epochs of
+up to `EPOCH_STEPS`, and more in proportion for longer ones."""
 
 NEAR = 2.0
 """Multiple of the wanted probability below which it is measured after every epoch."""
@@ -108,7 +114,9 @@ def _descend(
 ) -> dict[str, LowRankEdit]:
     course = Course(feedback, goal.targets, problem.model)
     descent = find_directions(problem, method, course, metrics, budget)
-    fit = Fit(problem, method, course, descent, POOL_TOKENS)
+    steps = epoch_steps(problem, method)
+    length = max(1.0, steps / EPOCH_STEPS)
+    fit = Fit(problem, method, course, descent, round(POOL_TOKENS * length))
     few = len(problem.forget) <= FEW
     start = descent.edits()
 
@@ -125,9 +133,9 @@ def _descend(
         goal.level,
         start,
         measure,
-        lambda epoch, now: fit.epoch(method.rate),
-        math.ceil(method.fit_steps / fit.steps),
-        fit.steps,
+        lambda epoch, now: fit.epoch(method.rate / length),
+        math.ceil(method.fit_steps * length / steps),
+        steps,
         # the same directions at length 0, should the first phase have gone too far
         {name: LowRankEdit(edit.left * 0, edit.right) for name, edit in start.items()},
     )
