@@ -197,27 +197,30 @@ def test_spectral_fallback_is_in_the_report(memorised) -> None:
 
 
 @pytest.mark.parametrize(("sequences", "steps", "share"), [(3, 3, 1.0), (4, 4, 1.0), (8, 8, 0.5)])
-def test_long_epochs_take_shorter_steps_and_are_as_many(
+def test_long_epochs_take_shorter_steps_and_are_as_many_beside_all_retain_text(
     memorised, sequences: int, steps: int, share: float, config, monkeypatch
 ) -> None:
     m = memorised
     rates: list[float] = []
-    counted = 0
+    counted = drawn = 0
 
     def epoch(self: fitting.Fit, rate: float) -> dict[str, LowRankEdit]:
         rates.append(rate)
         return self._descent.edits()
 
     def first(self: fitting.Fit, *args: object) -> None:
-        nonlocal counted
+        nonlocal counted, drawn
         made(self, *args)
         counted = self._steps
+        drawn = len({item.ids for _ in range(200) for item in next(self._kept)})
 
     made = fitting.Fit.__init__
+    monkeypatch.setattr("libortho.solvers.geometric.POOL_TOKENS", len(m.retain[0].ids))
     monkeypatch.setattr(fitting.Fit, "epoch", epoch)
     monkeypatch.setattr(fitting.Fit, "__init__", first)
     forget = [m.forget[i % len(m.forget)] for i in range(sequences)]
     method = {"batch": 1, "fit_steps": 24, "rate": 0.4, "target_nll": 30.0}
     separate_(m.model, forget, m.retain, config(**method))
     assert counted == steps
+    assert drawn == (1 if steps <= 4 else len({item.ids for item in m.retain}))
     assert rates == [0.4 * share] * (24 // min(steps, 4))

@@ -31,11 +31,12 @@ from libortho.workers import Piece, layer_groups
 EPOCH_STEPS = 4
 """Steps of an epoch up to which each is as long as the config says. A larger forget set takes more
 of them, and shorter ones, so that an epoch goes as far: there is more that may be damaged on the
-way, and more retain text seen on it (docs/results.md, "Forty authors")."""
+way, and more retain text seen on it."""
 
 POOL_TOKENS = 8_000
-"""See `Fit`: enough to keep to the original, of which the edit leaves most as it is; for epochs of
-up to `EPOCH_STEPS`, and more in proportion for longer ones."""
+"""See `Fit`, for epochs of up to `EPOCH_STEPS`: about what their steps come to see. Longer ones see
+more, and draw it from all there is: with a fifth of a retain set, 0.97 of that fifth's probability
+was kept and 0.93 of the rest's (docs/results.md, "Forty authors")."""
 
 NEAR = 2.0
 """Multiple of the wanted probability below which it is measured after every epoch."""
@@ -116,7 +117,7 @@ def _descend(
     descent = find_directions(problem, method, course, metrics, budget)
     steps = epoch_steps(problem, method)
     length = max(1.0, steps / EPOCH_STEPS)
-    fit = Fit(problem, method, course, descent, round(POOL_TOKENS * length))
+    fit = Fit(problem, method, course, descent, POOL_TOKENS if length == 1 else None)
     few = len(problem.forget) <= FEW
     start = descent.edits()
 
