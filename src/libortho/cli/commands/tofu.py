@@ -13,6 +13,7 @@ from libortho.baselines.tune import TuneConfig
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
 from libortho.cli.options import method_config
 from libortho.data.embedded import embedded_model_path
+from libortho.data.examples import read_words
 from libortho.data.tasks import Task, TofuSplit, embedded_task, tofu_benchmark, tofu_task
 from libortho.data.tokens import Template
 from libortho.evaluation.job import TofuJob
@@ -65,7 +66,7 @@ def run_job(
         reference=reference,
         seeds=seeds,
         tuning=TuneConfig(max_epochs=baseline_epochs),
-        wikitext=None if wikitext is None else wikitext.read_text(encoding="utf-8"),
+        wikitext=None if wikitext is None else read_words(wikitext),
     )
     folder = run_folder(out)
     with progress_bars() as progress:
