@@ -380,3 +380,19 @@ def test_every_command_explains_itself() -> None:
         assert shown.exit_code == 0
         assert "--json" in shown.output
         assert "--seed" in shown.output
+
+
+def test_names_in_brackets_are_printed_as_they_are(folder: Path) -> None:
+    """What rich would take for markup, in a path longer than a line."""
+    place = folder / "a [bold] place" / ("long" * 30)
+    place.mkdir(parents=True)
+    for name in ("model", "forget.jsonl", "retain.jsonl"):
+        (folder / name).rename(place / name)
+    made = separate(place)
+    assert f"\nsplit   {place / 'split'}\n" in made.output
+    stripped = run("strip", place / "split", "--out", place / "base")
+    assert f"base    {place / 'base'}\n" in stripped.output
+    measured = run("eval", place / "split", "--text", place / "forget.jsonl", "--alpha", 0)
+    assert "a[bold]place" in "".join(measured.output.split())
+    export = run("export", place / "split", "--to", "dense", "--out", place / "plain")
+    assert f"dense   {place / 'plain'}\n" in export.output

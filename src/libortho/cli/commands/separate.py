@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from libortho.checkpoint import check_writable, save_split
 from libortho.checkpoint.keys import current_access
-from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
+from libortho.cli.console import EXIT_NOT_FORGOTTEN, progress_bars, say, write_json
 from libortho.data.examples import read_jsonl
 from libortho.data.tokens import holds_question
 from libortho.devices import check_device_map, offloaded
@@ -89,7 +89,7 @@ def run_separate(
     asked = any(holds_question(items) for items in (forget_set, retain_set, unseen_set) if items)
     # Said before the work, which may take hours.
     if asked and config.template == "plain" and tokenizer.chat_template:
-        console.print(_ASKED_PLAIN, highlight=False, soft_wrap=True)
+        say(_ASKED_PLAIN)
     loaded = load_model(model, device_map)
     with progress_bars() as progress, _cluster(ray, model, gathered_bytes) as workers:
         report = separate_(
@@ -130,5 +130,5 @@ def _cluster(
 
 def _tell(report: SeparationReport, out: Path, json_file: Path | None) -> None:
     write_json(json_file, report.to_dict())
-    console.print(str(report), highlight=False, soft_wrap=True)
-    console.print(f"\nsplit   {out}")
+    say(str(report))
+    say(f"\nsplit   {out}")

@@ -10,7 +10,7 @@ import typer
 
 from libortho.baselines.registry import BASELINES, Baseline, baseline
 from libortho.baselines.tune import TuneConfig
-from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
+from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, say, write_json
 from libortho.cli.options import method_config
 from libortho.data.embedded import embedded_model_path
 from libortho.data.examples import read_words
@@ -74,7 +74,7 @@ def run_job(
     write_summary(summary, folder)
     write_json(json_file, summary)
     print_summary(summary, console)
-    console.print(f"\nreport  {folder / 'report.html'}\nsplit   {folder / 'split'}")
+    say(f"\nreport  {folder / 'report.html'}\nsplit   {folder / 'split'}")
     if not all(one["reached"] for one in summary["seeds"].values()):
         raise typer.Exit(EXIT_NOT_FORGOTTEN)
 
