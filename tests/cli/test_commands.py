@@ -396,3 +396,15 @@ def test_names_in_brackets_are_printed_as_they_are(folder: Path) -> None:
     assert "a[bold]place" in "".join(measured.output.split())
     export = run("export", place / "split", "--to", "dense", "--out", place / "plain")
     assert f"dense   {place / 'plain'}\n" in export.output
+
+
+@pytest.mark.parametrize(
+    ("place", "told"), [(".", "is a directory"), ("forget.jsonl/r.json", "cannot be made in it")]
+)
+def test_where_json_cannot_be_written_is_told_before_the_work(
+    folder: Path, place: str, told: str
+) -> None:
+    refused = separate(folder, "--json", folder / place)
+    assert refused.exit_code == 2
+    assert told in re.sub(r"[\s│]+", " ", refused.output)
+    assert not (folder / "split").exists()
