@@ -289,6 +289,9 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
         (["--method", "curvature", "--before", "m"], "--before: method curvature does not look"),
         (["--method", "graft", "--unseen", "u"], "--unseen: method graft does not look at it"),
         (["--earlier", "ask"], "--earlier 'ask': expected rehearse, show or trust"),
+        (["--earlier", "show"], "--earlier show without --before: there is no earlier model"),
+        (["--seed", 2**63], "--seed"),
+        (["--device-map", "cuda:99"], "--device-map 'cuda:99': there is no such device here"),
         (["--device-map", "many"], "--device-map 'many': expected auto, balanced"),
         (["--device-map", "auto", "--ray", "auto"], "--device-map with --ray: each worker loads"),
     ],
@@ -408,3 +411,44 @@ def test_where_json_cannot_be_written_is_told_before_the_work(
     assert refused.exit_code == 2
     assert told in re.sub(r"[\s│]+", " ", refused.output)
     assert not (folder / "split").exists()
+
+
+@pytest.mark.parametrize("option", ["--earlier=show", "--template=chat"])
+def test_what_a_streamed_split_does_not_look_at_is_refused(folder: Path, option: str) -> None:
+    made = run(
+        "separate", folder / "model", "--out", folder / "split", "--stream", "--method", "spectral",
+        option,
+    )  # fmt: skip
+    assert made.exit_code == 2, made.output
+    assert f"{option.partition('=')[0]} with --stream: it would not be looked at" in made.output
+    assert not (folder / "split").exists()
+
+
+@pytest.mark.parametrize("option", ["--authors", "--forget-authors"])
+def test_no_authors_are_not_the_default_number_of_them(option: str, monkeypatch) -> None:
+    monkeypatch.setattr("libortho.cli.commands.tofu.run_job", lambda *_, **__: None)
+    made = run("tofu", option, 0)
+    assert made.exit_code == 2, made.output
+    assert "authors=0: expected" in made.output
+
+
+def test_what_cannot_be_asked(folder: Path, monkeypatch) -> None:
+    """Nothing to answer, and no split: neither is a success, and nobody asks the hub for one."""
+    assert separate(folder).exit_code in (0, 3)
+    empty = run("chat", folder / "split", "--prompt", " ")
+    assert empty.exit_code == 2
+    assert "--prompt ' ': expected something" in empty.output
+    monkeypatch.chdir(folder)
+    missing = run("chat", "no-such-split", "--prompt", "it")
+    assert missing.exit_code == 2
+    assert "no-such-split does not exist: expected the folder of a split" in missing.output
+
+
+def test_chat_without_standard_input_ends(folder: Path, monkeypatch) -> None:
+    assert separate(folder).exit_code in (0, 3)
+    monkeypatch.setattr("libortho.cli.commands.chat.console.input", _closed)
+    assert run("chat", folder / "split").exit_code == 0
+
+
+def _closed(*_: object) -> str:
+    raise RuntimeError("input(): lost sys.stdin")

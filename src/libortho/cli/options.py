@@ -36,7 +36,7 @@ Json = Annotated[
         help="Write the result as JSON to this file; one that is there is replaced.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of everything random.")]
 Targets = Annotated[
     list[str],
     typer.Option(

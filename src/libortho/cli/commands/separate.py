@@ -13,7 +13,7 @@ from libortho.checkpoint.keys import current_access
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, progress_bars, say, write_json
 from libortho.data.examples import read_jsonl
 from libortho.data.tokens import holds_question
-from libortho.devices import check_device_map, offloaded
+from libortho.devices import check_device_here, offloaded
 from libortho.evaluation.finetuned import load_model
 from libortho.goal import Aiming
 from libortho.methods import method_of
@@ -71,7 +71,7 @@ def run_separate(
     if gathered_bytes is not None and ray is None:
         raise ValueError("--gather is for --ray: it bounds what a worker returns")
     if device_map is not None:
-        check_device_map(device_map)
+        check_device_here(device_map)
         if ray is not None:
             raise ValueError("--device-map with --ray: each worker loads the model by itself")
     aims = isinstance(config.method, Aiming)
@@ -79,6 +79,8 @@ def run_separate(
     for option, (value, looked_at) in asks.items():
         if value is not None and not looked_at:
             raise ValueError(f"{option}: method {method_of(config.method)} does not look at it")
+    if before is None and config.earlier != SeparationConfig.earlier:
+        raise ValueError(f"--earlier {config.earlier} without --before: there is no earlier model")
     check_writable(out)
     current_access().find_key()
     forget_set = None if forget is None else read_jsonl(forget)

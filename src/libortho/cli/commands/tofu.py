@@ -93,9 +93,13 @@ def make_task(
         if authors is not None or forget_authors is not None:
             raise ValueError(f"--split {split}: says which authors; leave out their numbers")
         return tofu_benchmark(data, cast("TofuSplit", split))
+    if forget_authors is None:
+        forget_authors = 2
+    if authors is None:
+        authors = 10 if data is None else 12
     if data is None:
-        return embedded_task(authors or 10, forget_authors or 2, seed)
-    return tofu_task(data, authors or 12, forget_authors or 2)
+        return embedded_task(authors, forget_authors, seed)
+    return tofu_task(data, authors, forget_authors)
 
 
 def _contenders(
