@@ -222,13 +222,18 @@ def _run(
 
     called = name or folder.resolve().name
     gate = Gate(engine, called, policy, limits, AuditLog(audit), policy_path)
-    server = make_server(create_app(gate, page, hosts), gate, host, port, trusted_proxies=proxies)
     address = f"[{host}]" if _is_ipv6(host) else host
-    state = engine.status()
-    say(f"model   {called}   ortho {state.ortho}")
     # In the fragment, which a browser sends to nobody: the page takes it from there.
     place = "/v1" if page is None else "/ui/" if token is None else f"/ui/#token={token}"
-    say(f"serving http://{address}:{port}{place}")
+    server = make_server(
+        create_app(gate, page, hosts),
+        gate,
+        host,
+        port,
+        trusted_proxies=proxies,
+        started=lambda at: say(f"serving http://{address}:{at}{place}"),
+    )
+    say(f"model   {called}   ortho {engine.status().ortho}")
     server.run()
 
 
