@@ -263,7 +263,7 @@ def test_no_forget_set(folder: Path) -> None:
 
 def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
     # A target far beyond what one direction can do to a model that knows nothing yet.
-    made = separate(folder, "--target-nll", 60, "--ortho-ratio", 0.05)
+    made = separate(folder, "--target-nll", 30, "--ortho-ratio", 0.05)
     assert made.exit_code == 3, made.output
     assert "NOT forgotten" in " ".join(made.output.split())
     assert is_split(folder / "split")
