@@ -36,6 +36,21 @@ def check_device_map(value: str) -> str:
     return value
 
 
+def check_device_here(value: str) -> None:
+    """As `check_device_map`, and the device, where one is named, has to be on this machine.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if check_device_map(value) in PLACED:
+        return
+    try:
+        torch.empty(0, device=value)
+    except (AssertionError, RuntimeError) as error:  # the first: torch is built without such
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"--device-map {value!r}: there is no such device here ({why})") from None
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes, and so where its inputs have to be."""
     for hook in _hooks(module):

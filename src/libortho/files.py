@@ -138,6 +138,19 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def check_makeable(path: Path) -> None:
+    """Raise now what making a file or folder, and the folders above it, would raise later.
+
+    Raises:
+        NotADirectoryError, PermissionError: it could not be made where it is to be.
+    """
+    parent = next(above for above in Path(os.path.realpath(path)).parents if above.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file: {path} cannot be made in it")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{parent} is not writable: {path} cannot be made in it")
+
+
 # -- whole files -------------------------------------------------------------------
 
 

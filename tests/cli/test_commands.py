@@ -135,8 +135,8 @@ def test_plain_questions_to_a_chat_model_are_mentioned(folder: Path, tokenizer) 
 
 
 def test_texts_have_no_form(folder: Path) -> None:
-    texts = ["she is in the red house", "it is in the garden"]
-    for name in ("forget", "retain"):
+    sets = {"forget": ["she is in the house"], "retain": ["she is red", "it is in the garden"]}
+    for name, texts in sets.items():
         lines = [json.dumps({"text": text}) for text in texts]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     made = separate(folder, "--json", folder / "report.json")
@@ -263,7 +263,7 @@ def test_no_forget_set(folder: Path) -> None:
 
 def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
     # A target far beyond what one direction can do to a model that knows nothing yet.
-    made = separate(folder, "--target-nll", 60, "--ortho-ratio", 0.05)
+    made = separate(folder, "--target-nll", 30, "--ortho-ratio", 0.05)
     assert made.exit_code == 3, made.output
     assert "NOT forgotten" in " ".join(made.output.split())
     assert is_split(folder / "split")
@@ -289,6 +289,9 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
         (["--method", "curvature", "--before", "m"], "--before: method curvature does not look"),
         (["--method", "graft", "--unseen", "u"], "--unseen: method graft does not look at it"),
         (["--earlier", "ask"], "--earlier 'ask': expected rehearse, show or trust"),
+        (["--earlier", "show"], "--earlier show without --before: there is no earlier model"),
+        (["--seed", 2**63], "--seed"),
+        (["--device-map", "cuda:99"], "--device-map 'cuda:99': there is no such device here"),
         (["--device-map", "many"], "--device-map 'many': expected auto, balanced"),
         (["--device-map", "auto", "--ray", "auto"], "--device-map with --ray: each worker loads"),
     ],
@@ -380,3 +383,72 @@ def test_every_command_explains_itself() -> None:
         assert shown.exit_code == 0
         assert "--json" in shown.output
         assert "--seed" in shown.output
+
+
+def test_names_in_brackets_are_printed_as_they_are(folder: Path) -> None:
+    """What rich would take for markup, in a path longer than a line."""
+    place = folder / "a [bold] place" / ("long" * 30)
+    place.mkdir(parents=True)
+    for name in ("model", "forget.jsonl", "retain.jsonl"):
+        (folder / name).rename(place / name)
+    made = separate(place)
+    assert f"\nsplit   {place / 'split'}\n" in made.output
+    stripped = run("strip", place / "split", "--out", place / "base")
+    assert f"base    {place / 'base'}\n" in stripped.output
+    measured = run("eval", place / "split", "--text", place / "forget.jsonl", "--alpha", 0)
+    assert "a[bold]place" in "".join(measured.output.split())
+    export = run("export", place / "split", "--to", "dense", "--out", place / "plain")
+    assert f"dense   {place / 'plain'}\n" in export.output
+
+
+@pytest.mark.parametrize(
+    ("place", "told"), [(".", "is a directory"), ("forget.jsonl/r.json", "cannot be made in it")]
+)
+def test_where_json_cannot_be_written_is_told_before_the_work(
+    folder: Path, place: str, told: str
+) -> None:
+    refused = separate(folder, "--json", folder / place)
+    assert refused.exit_code == 2
+    assert told in re.sub(r"[\s│]+", " ", refused.output)
+    assert not (folder / "split").exists()
+
+
+@pytest.mark.parametrize("option", ["--earlier=show", "--template=chat"])
+def test_what_a_streamed_split_does_not_look_at_is_refused(folder: Path, option: str) -> None:
+    made = run(
+        "separate", folder / "model", "--out", folder / "split", "--stream", "--method", "spectral",
+        option,
+    )  # fmt: skip
+    assert made.exit_code == 2, made.output
+    assert f"{option.partition('=')[0]} with --stream: it would not be looked at" in made.output
+    assert not (folder / "split").exists()
+
+
+@pytest.mark.parametrize("option", ["--authors", "--forget-authors"])
+def test_no_authors_are_not_the_default_number_of_them(option: str, monkeypatch) -> None:
+    monkeypatch.setattr("libortho.cli.commands.tofu.run_job", lambda *_, **__: None)
+    made = run("tofu", option, 0)
+    assert made.exit_code == 2, made.output
+    assert "authors=0: expected" in made.output
+
+
+def test_what_cannot_be_asked(folder: Path, monkeypatch) -> None:
+    """Nothing to answer, and no split: neither is a success, and nobody asks the hub for one."""
+    assert separate(folder).exit_code in (0, 3)
+    empty = run("chat", folder / "split", "--prompt", " ")
+    assert empty.exit_code == 2
+    assert "--prompt ' ': expected something" in empty.output
+    monkeypatch.chdir(folder)
+    missing = run("chat", "no-such-split", "--prompt", "it")
+    assert missing.exit_code == 2
+    assert "no-such-split does not exist: expected the folder of a split" in missing.output
+
+
+def test_chat_without_standard_input_ends(folder: Path, monkeypatch) -> None:
+    assert separate(folder).exit_code in (0, 3)
+    monkeypatch.setattr("libortho.cli.commands.chat.console.input", _closed)
+    assert run("chat", folder / "split").exit_code == 0
+
+
+def _closed(*_: object) -> str:
+    raise RuntimeError("input(): lost sys.stdin")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
-from libortho.data.examples import Example, parse_record, read_jsonl
+from libortho.data.examples import Example, parse_record, read_jsonl, read_words
 from libortho.errors import DataError
 
 
@@ -60,10 +61,43 @@ def test_windows_line_ends(write) -> None:
     assert [x.answer for x in read_jsonl(write('{"text": "a"}\r', '{"text": "b"}\r'))] == ["a", "b"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(write) -> None:
+    mark = b"\xef\xbb\xbf"
+    path = write(mark + b'{"text": "a"}', '{"text": "b"}')
+    assert [x.answer for x in read_jsonl(path)] == ["a", "b"]
+    assert read_words(write(mark + "é".encode())) == "é"
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="pipes have no paths here")
+def test_a_pipe_is_read() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b'{"text": "a"}')
+    os.close(writer)
+    assert [x.answer for x in read_jsonl(f"/dev/fd/{reader}")] == ["a"]
+    os.close(reader)
+
+
+def test_a_file_that_cannot_be_read_is_named(write, tmp_path: Path) -> None:
+    for read in (read_jsonl, read_words):
+        with pytest.raises(FileNotFoundError, match=rf"{tmp_path} is a folder: expected a file"):
+            read(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"missing\.jsonl: no such file"):
+            read(tmp_path / "missing.jsonl")
+    with pytest.raises(DataError, match=r"some\.jsonl: not text in UTF-8: .*0xe9"):
+        read_words(write("é".encode("latin-1")))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("not json", "not JSON"),
+        ("[" * 100_000, "not JSON in UTF-8: maximum recursion depth"),
+        ('{"text": ' + "9" * 5_000 + "}", "not JSON in UTF-8: .*5000 digits"),
+        ('{"text": "it \\ud800"}', r"'text' holds '\\ud800', half of a character"),
+        (
+            '{"question": "a", "answer": "b", "perturbed_answer": ["\\udfff"]}',
+            r"'perturbed_answer' holds '\\udfff'",
+        ),
         ('{"text": "a"', "not JSON"),
         (b'{"text": "\xff"}', "not JSON in UTF-8"),
         ("[1, 2]", "expected a JSON object, got list"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +19,10 @@ pytest.importorskip("openai")
 
 import httpx2
 import openai
+import uvicorn
+from typer.testing import CliRunner
+
+from libortho.cli import app
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -158,10 +163,7 @@ def test_metrics_count_what_was_served(serve, complete) -> None:
 def test_a_conversation_is_put_in_the_form_of_the_split(
     command, canary, tmp_path, monkeypatch
 ) -> None:
-    from typer.testing import CliRunner
-
     import libortho.cli.serve as module
-    from libortho.cli import app
 
     asked = []
     monkeypatch.setattr(module, "_run", lambda engine, *_: asked.append(engine.template))
@@ -177,6 +179,25 @@ def test_a_conversation_is_put_in_the_form_of_the_split(
         done = CliRunner().invoke(app, [command, str(folder), *more])
         assert done.exit_code == 0, done.output
     assert asked == ["plain", "chat", "chat"]
+
+
+@pytest.mark.parametrize(("command", "place"), [("serve", "/v1"), ("ui", "/ui/#token=lo-")])
+def test_the_address_that_is_printed_is_the_one_that_listens(
+    canary, monkeypatch, command: str, place: str
+) -> None:
+    async def leave(_: uvicorn.Server) -> None:
+        pass
+
+    monkeypatch.setattr(uvicorn.Server, "main_loop", leave)
+    done = CliRunner().invoke(app, [command, str(canary), "--port", "0"])
+    assert done.exit_code == 0, done.output
+    assert re.search(rf"^serving http://127\.0\.0\.1:[1-9]\d+{place}", done.output, re.MULTILINE)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(app, [command, str(canary), "--port", str(port)])
+    assert done.exit_code == 2, done.output
+    assert f"cannot listen on 127.0.0.1, port {port}" in done.output
+    assert "serving" not in done.output
 
 
 def test_the_command_reloads_on_hangup_and_finishes_streams_when_told_to_leave(

@@ -133,11 +133,9 @@ def test_the_command_prints_an_address_with_a_key_of_its_own(canary, monkeypatch
     gates: list[Any] = []
 
     class NoServer:
-        def __init__(self, _: Any, gate: Any, *rest: Any, **more: Any) -> None:
+        def __init__(self, _: Any, gate: Any, host: str, port: int, **more: Any) -> None:
             gates.append(gate)
-
-        def run(self) -> None:
-            pass
+            self.run = lambda: more["started"](port)
 
     monkeypatch.setattr(module, "make_server", NoServer)
     tokens = []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from libortho.checkpoint.manifest import is_split
 from libortho.checkpoint.names import PathLike
-from libortho.files import scratch, sweep
+from libortho.files import check_makeable, scratch, sweep
 
 
 @contextmanager
@@ -79,11 +79,7 @@ def check_writable(folder: PathLike) -> None:
     """
     target = Path(os.path.realpath(folder))
     _check_replaceable(target)
-    parent = next(path for path in target.parents if path.exists())
-    if not parent.is_dir():
-        raise NotADirectoryError(f"{parent} is a file: {folder} cannot be made in it")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{parent} is not writable: {folder} cannot be made in it")
+    check_makeable(Path(folder))
 
 
 def _check_replaceable(target: Path) -> None:

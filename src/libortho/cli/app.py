@@ -147,6 +147,8 @@ def separate(
                 "--before": before,
                 "--gather": gather,
                 "--device-map": device_map,
+                "--earlier": None if earlier == SeparationConfig.earlier else earlier,
+                "--template": None if template == SeparationConfig.template else template,
             }
             for option, value in unread.items():
                 if value is not None:

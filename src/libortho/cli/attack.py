@@ -12,6 +12,7 @@ from libortho.cli.console import (
     console,
     progress_bars,
     reporting_errors,
+    say,
     write_json,
 )
 from libortho.cli.options import Json, Seed, SplitTemplate, split_template
@@ -81,7 +82,7 @@ def attack(
             sources[REFERENCE] = Source(reference)
         manifest = read_manifest(folder)
         if original and ortho_file(folder) is None:
-            console.print(f"{folder} has no ortho stream: alpha 1 is not attacked")
+            say(f"{folder} has no ortho stream: alpha 1 is not attacked")
         elif original:
             sources[ORIGINAL] = Source(str(folder), alpha=1.0)
         for name, place in _beside(beside or [], set(sources)).items():
@@ -106,7 +107,7 @@ def attack(
         draw_attacks(summary, results / "attacks.png")
         write_json(json_file, summary)
         print_attacks(summary, console)
-        console.print(f"\nresults  {results / 'attacks.json'}\npicture  {results / 'attacks.png'}")
+        say(f"\nresults  {results / 'attacks.json'}\npicture  {results / 'attacks.png'}")
         if not all(bar["holds"] for bar in summary["bars"]):
             raise typer.Exit(EXIT_NOT_FORGOTTEN)
 

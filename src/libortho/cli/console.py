@@ -23,6 +23,11 @@ console = Console()
 _errors = Console(stderr=True)
 
 
+def say(text: str) -> None:
+    """Print plain lines as they are: brackets are no markup, and long paths stay in one piece."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def reporting_errors() -> Iterator[None]:
     """Turn the errors that a user can mend into one line and exit status 2."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from libortho.cli.console import console, progress_bars, reporting_errors, write_json
+from libortho.cli.console import progress_bars, reporting_errors, say, write_json
 from libortho.cli.options import Json
 
 if TYPE_CHECKING:
@@ -143,4 +143,4 @@ def _show(report: ExportReport, out: Path) -> None:
     if report.max_rank is not None:
         lines.append(f"largest LoRA rank: {report.max_rank}")
     for line in (*lines, *report.notes, f"\n{report.target}   {out}"):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(line)

@@ -11,12 +11,32 @@ import typer
 from libortho.checkpoint.reports import read_template
 from libortho.config import BaseConfig
 from libortho.data.tokens import Template
+from libortho.files import check_makeable
 from libortho.goal import Earlier
 from libortho.methods import METHODS
 from libortho.methods.spectral import spectral_base
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+def _makeable(path: Path | None) -> Path | None:
+    if path is not None:
+        try:
+            check_makeable(path)
+        except OSError as error:
+            raise typer.BadParameter(str(error)) from None
+    return path
+
+
+# Checked before the work whose result it is to hold.
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        dir_okay=False,
+        callback=_makeable,
+        help="Write the result as JSON to this file; one that is there is replaced.",
+    ),
+]
+Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of everything random.")]
 Targets = Annotated[
     list[str],
     typer.Option(

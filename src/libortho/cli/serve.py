@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from libortho.cli.console import console, reporting_errors
+from libortho.cli.console import reporting_errors, say
 from libortho.cli.options import SplitTemplate, split_template
 
 if TYPE_CHECKING:
@@ -177,11 +177,11 @@ def new(
         entry = toml_entry(key_id, key, max_alpha, rate, expires)
         if policy is None:
             parse_policy("version = 1\n" + entry)
-            console.print(entry, markup=False, highlight=False, soft_wrap=True)
+            say(entry)
         else:
             append_entry(policy, entry)
-        console.print(f"key   {key.secret}", markup=False, highlight=False, soft_wrap=True)
-        console.print("It is not shown again; a running server learns of it on SIGHUP.")
+        say(f"key   {key.secret}")
+        say("It is not shown again; a running server learns of it on SIGHUP.")
 
 
 def _log() -> None:
@@ -222,13 +222,18 @@ def _run(
 
     called = name or folder.resolve().name
     gate = Gate(engine, called, policy, limits, AuditLog(audit), policy_path)
-    server = make_server(create_app(gate, page, hosts), gate, host, port, trusted_proxies=proxies)
     address = f"[{host}]" if _is_ipv6(host) else host
-    state = engine.status()
-    console.print(f"model   {called}   ortho {state.ortho}", highlight=False, soft_wrap=True)
     # In the fragment, which a browser sends to nobody: the page takes it from there.
     place = "/v1" if page is None else "/ui/" if token is None else f"/ui/#token={token}"
-    console.print(f"serving http://{address}:{port}{place}", highlight=False, soft_wrap=True)
+    server = make_server(
+        create_app(gate, page, hosts),
+        gate,
+        host,
+        port,
+        trusted_proxies=proxies,
+        started=lambda at: say(f"serving http://{address}:{at}{place}"),
+    )
+    say(f"model   {called}   ortho {engine.status().ortho}")
     server.run()
 
 

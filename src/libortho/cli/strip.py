@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from libortho.cli.console import console, reporting_errors, write_json
+from libortho.cli.console import reporting_errors, say, write_json
 from libortho.cli.options import Json
 
 
@@ -31,21 +31,17 @@ def strip(
 
         searched = strip_split(folder, out)
         write_json(json_file, dataclasses.asdict(searched))
-        console.print(f"base    {out}", soft_wrap=True)
+        say(f"base    {out}")
         if not searched.tensors and not searched.silent:
-            console.print("there was no ortho stream to look for")
+            say("there was no ortho stream to look for")
         else:
-            console.print(
+            say(
                 f"searched {searched.nbytes:,} bytes in {len(searched.files)} files for "
                 f"{searched.blocks:,} blocks of {BLOCK} bytes, of {searched.tensors} ortho "
-                "tensors: none of them was found",
-                highlight=False,
-                soft_wrap=True,
+                "tensors: none of them was found"
             )
         if searched.silent:
-            console.print(
-                f"not searched for, as they are empty or hold few different bytes: "
-                f"{', '.join(searched.silent)}",
-                highlight=False,
-                soft_wrap=True,
+            say(
+                "not searched for, as they are empty or hold few different bytes: "
+                + ", ".join(searched.silent)
             )

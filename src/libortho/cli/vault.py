@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from libortho.cli.console import console, reporting_errors
+from libortho.cli.console import reporting_errors, say
 
 Folder = Annotated[Path, typer.Argument(help="A split checkpoint.")]
 
@@ -48,11 +48,9 @@ def encrypt(
 
         key = OrthoKey.from_file(key_file)
         encrypt_split(folder, key)
-        console.print(
+        say(
             f"encrypted {folder / ORTHO_SEALED} with the key {key.id}\n"
-            f"{ORTHO} is deleted; what the disk, snapshots and backups keep of it is not",
-            highlight=False,
-            soft_wrap=True,
+            f"{ORTHO} is deleted; what the disk, snapshots and backups keep of it is not"
         )
 
 
@@ -75,4 +73,4 @@ def rotate_key(
 
         key = OrthoKey.from_file(new)
         rotate(folder, key, old=None if old is None else OrthoKey.from_file(old))
-        console.print(f"{folder} opens with the key {key.id} now", highlight=False, soft_wrap=True)
+        say(f"{folder} opens with the key {key.id} now")

@@ -34,7 +34,18 @@ def _text(record: Mapping[str, object], key: str, where: str, *, required: bool)
         return None
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: {key!r} is {value!r}, expected a non-empty string")
-    return value
+    return _encodable(value, key, where)
+
+
+def _encodable(text: str, key: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise DataError(
+            f"{where}: {key!r} holds {half!r}, half of a character (a lone surrogate)"
+        ) from None
+    return text
 
 
 def parse_record(record: object, where: str) -> Example:
@@ -62,30 +73,55 @@ def parse_record(record: object, where: str) -> Example:
         answer=_text(record, "answer", where, required=True) or "",
         paraphrased_question=_text(record, "paraphrased_question", where, required=False),
         paraphrased_answer=_text(record, "paraphrased_answer", where, required=False),
-        perturbed_answers=tuple(perturbed),
+        perturbed_answers=tuple(_encodable(p, "perturbed_answer", where) for p in perturbed),
     )
+
+
+def check_file(path: Path) -> Path:
+    """The path, if there is something to read: a file or a pipe.
+
+    Raises:
+        FileNotFoundError: there is nothing, or a folder; it is named.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder: expected a file")
+    return path
+
+
+def read_words(path: Path) -> str:
+    """A text file in UTF-8, without the byte order mark that some editors put before it.
+
+    Raises:
+        FileNotFoundError: as `check_file`.
+        DataError: it is not UTF-8; the file is named.
+    """
+    try:
+        return check_file(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not text in UTF-8: {error}") from None
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
     """Read a JSON Lines file, one {"text"} or {"question", "answer"} object a line.
 
-    Blank lines are passed over; anything else that is not such an object is an error.
+    Blank lines are passed over, and so is a byte order mark; anything else that is not such an
+    object is an error.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: as `check_file`.
         DataError: a line that is not as above (file and line are named), or no example at all.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    path = check_file(Path(path))
     examples: list[Example] = []
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
             where = f"{path}, line {number}"
             try:
-                line = raw.decode("utf-8").strip()
+                line = raw.decode("utf-8-sig").strip()
                 record = json.loads(line) if line else None
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON in UTF-8: {error}") from None
             if line:
                 examples.append(parse_record(record, where))

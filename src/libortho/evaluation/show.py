@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from libortho.evaluation.rows import COLUMNS
@@ -22,7 +23,7 @@ NOT_ON_TERMINAL = (
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """The main job's table, its checks, and one question answered by all."""
-    table = Table(title=summary["task"]["source"], title_justify="left")
+    table = Table(title=escape(summary["task"]["source"]), title_justify="left")
     table.add_column("model", no_wrap=True)
     shown = [c for c in COLUMNS if any(c.measure in row for row in summary["rows"].values())]
     if len(shown) > TERMINAL_COLUMNS:  # the report has them all
@@ -41,18 +42,19 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         value = "not measured" if math.isnan(check["value"]) else f"{check['value']:.4f}"
         console.print(f"{mark}  {check['bar']}: {value} ({check['required']})", soft_wrap=True)
     for warning in summary["separation"]["warnings"]:
-        console.print(f"[bold red]warning[/]  {warning}")
+        console.print(f"[bold red]warning[/]  {escape(warning)}")
     if summary["examples"]:
         example = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for who, text in summary["examples"][0].items():
-            example.add_row(f"[dim]{who}[/]", text)
+            example.add_row(f"[dim]{who}[/]", escape(text))
         console.print()
         console.print(example)
 
 
 def print_evaluation(result: dict[str, Any], console: Console) -> None:
     """`libortho eval`: a row an alpha."""
-    table = Table(title=f"{result['text']}: {result['tokens']} tokens", title_justify="left")
+    title = escape(f"{result['text']}: {result['tokens']} tokens")
+    table = Table(title=title, title_justify="left")
     for name in ("alpha", "perplexity", "probability per token"):
         table.add_column(name, justify="right")
     for alpha, value in result["perplexity"].items():

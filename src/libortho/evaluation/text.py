@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from libortho.alpha import alpha_scope, check_alpha
-from libortho.data.examples import read_jsonl
+from libortho.data.examples import read_jsonl, read_words
 from libortho.data.tokens import Template, Tokens, encode
 from libortho.errors import DataError
 from libortho.scoring import answer_probability, perplexity, sequence_nll
@@ -35,12 +35,11 @@ def parse_alphas(text: str) -> list[float]:
 
 def read_text(path: Path, tokenizer: Any, template: Template) -> list[Tokens]:
     """The sequences of a JSONL file, or of a plain text file (any other suffix) in windows."""
-    if path.suffix in (".jsonl", ".json"):
+    if path.suffix.lower() in (".jsonl", ".json"):
         return [encode(example, tokenizer, template) for example in read_jsonl(path)]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    text = read_words(path)
     try:
-        return text_windows(path.read_text(encoding="utf-8"), tokenizer)
+        return text_windows(text, tokenizer)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -50,15 +50,39 @@ class _Startable:
 class Server(uvicorn.Server):
     """uvicorn's server; on SIGTERM or SIGINT it takes nothing new and finishes what it has."""
 
-    def __init__(self, config: uvicorn.Config, gate: Gate, app: _Startable) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        gate: Gate,
+        app: _Startable,
+        started: Callable[[int], None] | None,
+    ) -> None:
         super().__init__(config)
-        self._gate, self._startable = gate, app
+        self._gate, self._startable, self._started = gate, app, started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen.
+
+        Raises:
+            OSError: it cannot be listened there.
+        """
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            if self.lifespan.should_exit:  # the application's failure
+                raise
+            raise OSError(
+                f"cannot listen on {self.config.host}, port {self.config.port}; the log says why"
+            ) from None
+        if self._started is not None and self.started:
+            self._started(self.servers[0].sockets[0].getsockname()[1])
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop.
 
         Raises:
             EngineUnavailable: the engine does not come up.
+            OSError: it cannot be listened there.
         """
         try:
             with _on_hangup(self._gate):
@@ -91,6 +115,7 @@ def make_server(
     port: int = 8000,
     log_level: str = "info",
     trusted_proxies: Sequence[str] = (),
+    started: Callable[[int], None] | None = None,
 ) -> Server:
     """A server that is ready to `run()`.
 
@@ -98,6 +123,7 @@ def make_server(
         port: 0 takes a free one.
         trusted_proxies: addresses or networks whose `X-Forwarded-For` says who asks. From anybody
             else, this machine included, that header could claim any address, and is not read.
+        started: called with the port when requests are taken.
 
     Raises:
         ValueError: one of them is no address and no network.
@@ -126,7 +152,7 @@ def make_server(
         timeout_graceful_shutdown=gate.limits.request_seconds,
         h11_max_incomplete_event_size=32_768,
     )
-    return Server(config, gate, startable)
+    return Server(config, gate, startable, started)
 
 
 @contextmanager

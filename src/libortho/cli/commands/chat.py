@@ -31,8 +31,10 @@ def run_chat(
     """Answer `prompt`, or every line typed, at each alpha; with two, side by side."""
     torch.manual_seed(seed)
     checked = [check_alpha(a) for a in alphas]
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if prompt is not None and not prompt.strip():
+        raise ValueError(f"--prompt {prompt!r}: expected something to be answered")
     model = load_split(folder, base_only=all(alpha.is_zero for alpha in checked))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for name, layer in ortho_layers(model).items():
         for alpha in checked:
             layer.require_ortho(alpha, name)
@@ -70,6 +72,8 @@ def _ask() -> str:
     try:
         return console.input("[bold]> [/]")
     except (EOFError, KeyboardInterrupt):
+        return ""
+    except RuntimeError:  # standard input is closed
         return ""
 
 

@@ -9,7 +9,7 @@ import torch
 from libortho.checkpoint import load_split
 from libortho.cli.console import console, progress_bars, write_json
 from libortho.data.tokens import Template
-from libortho.devices import check_device_map
+from libortho.devices import check_device_here
 from libortho.evaluation.show import print_evaluation
 from libortho.evaluation.text import evaluate_text, parse_alphas
 
@@ -28,7 +28,7 @@ def run_evaluate(
     torch.manual_seed(seed)
     alphas = parse_alphas(alpha)
     if device_map is not None:
-        check_device_map(device_map)
+        check_device_here(device_map)
     model = load_split(folder, base_only=not any(alphas), device_map=device_map)
     with progress_bars() as progress:
         result = evaluate_text(model, folder, text, alphas, template, progress)

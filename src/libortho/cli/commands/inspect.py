@@ -6,7 +6,7 @@ from pathlib import Path
 
 from libortho.alpha import ortho_layers
 from libortho.checkpoint import load_split
-from libortho.cli.console import console, write_json
+from libortho.cli.console import say, write_json
 from libortho.errors import OrthoLocked
 from libortho.separate import separation_report
 
@@ -20,11 +20,11 @@ def run_inspect(folder: Path, json_file: Path | None) -> None:
     report = separation_report(model)
     layers = ortho_layers(model).values()
     present = all(layer.ortho is not None for layer in layers)
-    console.print(str(report), highlight=False, soft_wrap=True)
+    say(str(report))
     if present:
-        console.print("ortho stream: present")
+        say("ortho stream: present")
     elif any(layer.locked for layer in layers):
-        console.print("ortho stream: locked (encrypted, and there is no key; alpha 0)")
+        say("ortho stream: locked (encrypted, and there is no key; alpha 0)")
     else:
-        console.print("ortho stream: absent (base-only, alpha 0)")
+        say("ortho stream: absent (base-only, alpha 0)")
     write_json(json_file, {"ortho_present": present, **report.to_dict()})

@@ -10,10 +10,10 @@ from transformers import AutoTokenizer
 
 from libortho.checkpoint import check_writable, save_split
 from libortho.checkpoint.keys import current_access
-from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
+from libortho.cli.console import EXIT_NOT_FORGOTTEN, progress_bars, say, write_json
 from libortho.data.examples import read_jsonl
 from libortho.data.tokens import holds_question
-from libortho.devices import check_device_map, offloaded
+from libortho.devices import check_device_here, offloaded
 from libortho.evaluation.finetuned import load_model
 from libortho.goal import Aiming
 from libortho.methods import method_of
@@ -71,7 +71,7 @@ def run_separate(
     if gathered_bytes is not None and ray is None:
         raise ValueError("--gather is for --ray: it bounds what a worker returns")
     if device_map is not None:
-        check_device_map(device_map)
+        check_device_here(device_map)
         if ray is not None:
             raise ValueError("--device-map with --ray: each worker loads the model by itself")
     aims = isinstance(config.method, Aiming)
@@ -79,6 +79,8 @@ def run_separate(
     for option, (value, looked_at) in asks.items():
         if value is not None and not looked_at:
             raise ValueError(f"{option}: method {method_of(config.method)} does not look at it")
+    if before is None and config.earlier != SeparationConfig.earlier:
+        raise ValueError(f"--earlier {config.earlier} without --before: there is no earlier model")
     check_writable(out)
     current_access().find_key()
     forget_set = None if forget is None else read_jsonl(forget)
@@ -89,7 +91,7 @@ def run_separate(
     asked = any(holds_question(items) for items in (forget_set, retain_set, unseen_set) if items)
     # Said before the work, which may take hours.
     if asked and config.template == "plain" and tokenizer.chat_template:
-        console.print(_ASKED_PLAIN, highlight=False, soft_wrap=True)
+        say(_ASKED_PLAIN)
     loaded = load_model(model, device_map)
     with progress_bars() as progress, _cluster(ray, model, gathered_bytes) as workers:
         report = separate_(
@@ -130,5 +132,5 @@ def _cluster(
 
 def _tell(report: SeparationReport, out: Path, json_file: Path | None) -> None:
     write_json(json_file, report.to_dict())
-    console.print(str(report), highlight=False, soft_wrap=True)
-    console.print(f"\nsplit   {out}")
+    say(str(report))
+    say(f"\nsplit   {out}")

@@ -10,9 +10,10 @@ import typer
 
 from libortho.baselines.registry import BASELINES, Baseline, baseline
 from libortho.baselines.tune import TuneConfig
-from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, write_json
+from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, say, write_json
 from libortho.cli.options import method_config
 from libortho.data.embedded import embedded_model_path
+from libortho.data.examples import read_words
 from libortho.data.tasks import Task, TofuSplit, embedded_task, tofu_benchmark, tofu_task
 from libortho.data.tokens import Template
 from libortho.evaluation.job import TofuJob
@@ -65,7 +66,7 @@ def run_job(
         reference=reference,
         seeds=seeds,
         tuning=TuneConfig(max_epochs=baseline_epochs),
-        wikitext=None if wikitext is None else wikitext.read_text(encoding="utf-8"),
+        wikitext=None if wikitext is None else read_words(wikitext),
     )
     folder = run_folder(out)
     with progress_bars() as progress:
@@ -73,7 +74,7 @@ def run_job(
     write_summary(summary, folder)
     write_json(json_file, summary)
     print_summary(summary, console)
-    console.print(f"\nreport  {folder / 'report.html'}\nsplit   {folder / 'split'}")
+    say(f"\nreport  {folder / 'report.html'}\nsplit   {folder / 'split'}")
     if not all(one["reached"] for one in summary["seeds"].values()):
         raise typer.Exit(EXIT_NOT_FORGOTTEN)
 
@@ -92,9 +93,13 @@ def make_task(
         if authors is not None or forget_authors is not None:
             raise ValueError(f"--split {split}: says which authors; leave out their numbers")
         return tofu_benchmark(data, cast("TofuSplit", split))
+    if forget_authors is None:
+        forget_authors = 2
+    if authors is None:
+        authors = 10 if data is None else 12
     if data is None:
-        return embedded_task(authors or 10, forget_authors or 2, seed)
-    return tofu_task(data, authors or 12, forget_authors or 2)
+        return embedded_task(authors, forget_authors, seed)
+    return tofu_task(data, authors, forget_authors)
 
 
 def _contenders(
