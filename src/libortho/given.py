@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from libortho.data.general import general_text
@@ -40,26 +40,6 @@ def general_tokens(
     longest = _context(model, before)
     items = as_tokens(general_text(), "general text", tokenizer)
     return [Tokens(item.ids[:longest], item.prompt) for item in items]
-
-
-def check_apart(forget: Sequence[Tokens], others: Mapping[str, Sequence[Tokens]]) -> None:
-    """Raise ValueError where what is to be forgotten is in another set, word for word.
-
-    It cannot go and stay. A base that is fine-tuned on the retain set would learn it, and as unseen
-    text it would say that what the model knows of it is what it should know.
-
-    Args:
-        forget: the forget set.
-        others: label -> set.
-    """
-    for label, items in others.items():
-        places = {item: position for position, item in enumerate(items)}
-        for position, item in enumerate(forget):
-            if item in places:
-                raise ValueError(
-                    f"forget[{position}] is {label}[{places[item]}], too: expected sets that share "
-                    "nothing"
-                )
 
 
 def checked_tokens(

@@ -235,16 +235,3 @@ def test_trainable_parameters_stay_trainable_and_clean(memorised, config) -> Non
     assert m.model.lm_head.weight.requires_grad
     assert all(p.grad is None for p in m.model.parameters())
     assert not any(mod._forward_hooks or mod._forward_pre_hooks for mod in m.model.modules())
-
-
-@pytest.mark.parametrize("label", ["retain", "unseen"])
-def test_what_is_to_go_and_to_stay_is_refused(
-    memorised, snapshot, config, assert_unchanged, label: str
-) -> None:
-    m = memorised
-    before = snapshot(m.model)
-    sets = {"retain": list(m.retain), "unseen": list(m.unseen)}
-    sets[label][1:1] = [m.forget[2]]
-    with pytest.raises(ValueError, match=rf"^forget\[2\] is {label}\[1\], too: expected sets that"):
-        separate_(m.model, m.forget, sets["retain"], config(), unseen=sets["unseen"])
-    assert_unchanged(before, snapshot(m.model))
