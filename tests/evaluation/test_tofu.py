@@ -23,6 +23,7 @@ from libortho.evaluation.tofu import run_tofu
 from libortho.evaluation.write import render_report, write_summary
 from libortho.methods.geometric import GeometricConfig
 from libortho.methods.graft import GraftConfig
+from libortho.methods.saliency import SaliencyConfig
 from libortho.separate import SeparationConfig
 from libortho.training import MemoriseConfig
 
@@ -204,6 +205,15 @@ def test_another_model_in_its_place_is_another_job(
     tiny_llama(hidden_size=64).save_pretrained(job.model)
     with pytest.raises(FileExistsError, match="another job"):
         JobFolder(tmp_path / "run", identity(job))
+
+
+def test_another_main_method_is_another_job(job: TofuJob, tmp_path: Path) -> None:
+    """Or what was measured of the one, "alpha 0", would be shown as the other's."""
+    methods = {**job.methods, "saliency": SeparationConfig(method=SaliencyConfig())}
+    JobFolder(tmp_path / "run", identity(dataclasses.replace(job, methods=methods)))
+    swapped = dict(reversed(methods.items()))
+    with pytest.raises(FileExistsError, match="another job"):
+        JobFolder(tmp_path / "run", identity(dataclasses.replace(job, methods=swapped)))
 
 
 def test_methods_seeds_and_baselines_in_one_table(job: TofuJob, tmp_path: Path) -> None:

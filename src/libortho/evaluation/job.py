@@ -81,6 +81,7 @@ def identity(job: TofuJob) -> dict[str, Any]:
         "model": job.model,
         "files": model_identity(job.model),  # a path stays when another model is put there
         "task": dataclasses.asdict(job.task),
+        "main": job.main,  # whose rows are called "alpha 0" and so on: the order of methods counts
         "methods": {
             name: [type(method).__name__, dataclasses.asdict(method)]
             for name, method in job.methods.items()
