@@ -278,6 +278,17 @@ def test_a_job_that_cannot_be(job: TofuJob, change: dict[str, Any], match: str) 
         dataclasses.replace(job, **change)
 
 
+def test_questions_without_perturbed_answers_have_no_truth_ratio(
+    job: TofuJob, tmp_path: Path
+) -> None:
+    bare = tuple(Example(e.answer, e.question) for e in job.task.forget)
+    job = dataclasses.replace(job, task=dataclasses.replace(job.task, forget=bare))
+    summary = run_tofu(job, tmp_path / "run")
+    assert "forget_truth_ratio" in summary["seeds"]["0"]["missing"]["alpha 0"]
+    assert not {"truth_ratio", "truth_ratios", "forget_quality"} & set(summary["rows"]["alpha 0"])
+    write_summary(summary, tmp_path / "run")
+
+
 def test_what_was_not_measured_does_not_hold(job: TofuJob, tmp_path: Path) -> None:
     """The full suite of a task without general knowledge has no model utility."""
     job = dataclasses.replace(job, suite=SuiteConfig(max_new_tokens=4))

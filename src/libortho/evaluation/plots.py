@@ -188,8 +188,10 @@ def alpha_sweep(rows: Rows) -> Picture:
     )
 
 
-def truth_ratios(rows: Rows) -> Picture:
+def truth_ratios(rows: Rows) -> Picture | None:
     """Cumulative distribution of the forget set's truth ratios, with the p of the KS test."""
+    if "truth_ratios" not in rows["full"]:  # questions without perturbed answers have none
+        return None
     figure, axes = canvas("truth ratio (1: no idea, 0: knows)", "share of questions")
     styles = {
         "full": ("full model", GREY, ":"),

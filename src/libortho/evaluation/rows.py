@@ -84,30 +84,38 @@ COLUMNS = (
 
 
 def row_of(logs: Mapping[str, Entry]) -> dict[str, Any]:
-    """Each metric's aggregate under the row's name for it, and the forget set's truth ratios."""
+    """Each metric's aggregate under the row's name for it, and the forget set's truth ratios.
+
+    What was not measured is left out.
+    """
     row: dict[str, Any] = {
         measure: float(logs[metric]["agg_value"])
         for measure, metric in MEASURES.items()
         if metric in logs and logs[metric]["agg_value"] is not None
     }
-    ratios = logs["forget_truth_ratio"]["value_by_index"]
-    row["truth_ratios"] = [number(entry["score"]) for entry in ratios.values()]
+    if "forget_truth_ratio" in logs:
+        ratios = logs["forget_truth_ratio"]["value_by_index"]
+        row["truth_ratios"] = [number(entry["score"]) for entry in ratios.values()]
     return row
 
 
 def median_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The median of each number that every seed has; the first seed's value of all else."""
-    first, *others = rows
+    """What every seed has: medians of numbers, whether all say yes, the first seed's lists.
+
+    What a seed lacks is left out: one seed's number would pass for the median of all.
+    """
+    first = rows[0]
     return {
-        key: _median([row[key] for row in rows])
-        if _number(value) and all(_number(row.get(key)) for row in others)
-        else value
-        for key, value in first.items()
+        key: _over_seeds([row[key] for row in rows])
+        for key in first
+        if all(key in row for row in rows)
     }
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _over_seeds(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], bool):
+        return all(values)
+    return _median(values) if isinstance(values[0], (int, float)) else values[0]
 
 
 def _median(values: Sequence[float]) -> float:
