@@ -96,6 +96,9 @@ def test_sequence_nll_keeps_the_order(tiny_llama, random_tokens) -> None:
 def test_perplexity_and_answer_probability() -> None:
     nll = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0])]
     assert perplexity(nll) == pytest.approx(math.exp(1.5))  # over tokens
+    # A barred token, or a model that gradient ascent has wrecked: a number, not an error.
+    assert perplexity([torch.tensor([1e4, 0.0])]) == math.inf
+    assert math.isnan(perplexity([torch.tensor([math.nan])]))
     assert answer_probability(nll) == pytest.approx((math.exp(-2) + 1) / 2)  # over sequences
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ _STATISTICS_ROWS = 64
 _NO_LOG_P = -1e4
 """Stands for log 0: exp of it is 0 in fp32, and 0 times it is 0 rather than NaN. An NLL of more
 than this, which is a logit that is barred, is reported as this."""
+
+_MOST_NLL = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +202,9 @@ def mean_token_kl(model: PreTrainedModel, other: PreTrainedModel, items: Sequenc
 
 
 def perplexity(nll: Sequence[Tensor]) -> float:
-    """exp of the mean NLL over all predicted tokens."""
-    return math.exp(float(torch.cat(list(nll)).double().mean()))
+    """exp of the mean NLL over all predicted tokens; infinite beyond fp64 (709 nats a token)."""
+    mean = float(torch.cat(list(nll)).double().mean())
+    return math.inf if mean > _MOST_NLL else math.exp(mean)
 
 
 def answer_probability(nll: Sequence[Tensor]) -> float:
