@@ -113,3 +113,30 @@ def test_a_seed_gives_the_same_samples_and_disturbs_nothing(tiny_llama, tokenize
     for change in ({"temperature": 0.0}, {"samples": 0}):
         with pytest.raises(ValueError, match=next(iter(change))):
             sampled(model, tokenizer, prompts, 5, **{"samples": 3, **change})
+
+
+@pytest.mark.parametrize(
+    "habit",
+    [
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 2},
+        {"num_beams": 3},
+        {"min_p": 0.9},
+        {"typical_p": 0.1},
+        {"suppress_tokens": [5, 6, 7, 8]},
+    ],
+)
+def test_a_models_habits_have_no_part(tiny_llama, tokenizer, habit: dict[str, object]) -> None:
+    """Greedy is the likeliest token, and a sample is drawn from the whole distribution."""
+    prompts = [prompt_ids(text, "plain", tokenizer) for text in PROMPTS]
+    answers = []
+    for config in ({}, habit):
+        model = tiny_llama(vocab_size=len(tokenizer))
+        for name, value in config.items():
+            setattr(model.generation_config, name, value)
+        held = model.generation_config
+        answers.append(
+            (greedy(model, tokenizer, prompts, 12), sampled(model, tokenizer, prompts, 12, 2))
+        )
+        assert model.generation_config is held
+    assert answers[0] == answers[1]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from libortho.config import check_count, check_positive
 from libortho.scoring import last_position
@@ -24,7 +25,9 @@ def greedy(
     """The greedy continuation of each prompt, up to an end of sequence, without special tokens.
 
     Prompts of similar length share a batch, padded left. What ends a sequence is what the model's
-    generation config says, and the tokenizer's end of sequence.
+    generation config says, and the tokenizer's end of sequence. Nothing else of that config has a
+    part: its repetition penalty, which OpenUnlearning leaves in force, would keep an answer from
+    the words of its question.
 
     Args:
         prompts: token ids; see `libortho.data.tokens.prompt_ids`.
@@ -116,20 +119,30 @@ def _continued(
     pad = ends[0] if ends else 0
     length = max(map(len, prompts))
     device = next(model.parameters()).device
+    sampling: dict[str, bool | float] = {"do_sample": False}
+    if temperature is not None:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     ids = [[pad] * (length - len(p)) + list(p) for p in prompts]
     attention = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
-    output = model.generate(  # type: ignore[operator]
-        input_ids=torch.tensor(ids, device=device),
-        attention_mask=torch.tensor(attention, device=device),
-        max_new_tokens=max_new_tokens,
-        # Where it samples, from the whole distribution: a generation config may narrow it.
-        **(
-            {"do_sample": False}
-            if temperature is None
-            else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        ),
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        **last_position(model),
-    )
+    with _plain_generation(model):
+        output = model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(attention, device=device),
+            max_new_tokens=max_new_tokens,
+            **sampling,
+            eos_token_id=ends or None,
+            pad_token_id=pad,
+            **last_position(model),
+        )
     return output[:, length:]
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Without the model's generation config, which may penalise, bar or cut off tokens."""
+    held = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = held
