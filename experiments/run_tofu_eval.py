@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import math
 import sys
 import time
@@ -87,7 +88,8 @@ def run_method(
     """Split a copy of the implanted model and measure it: one row of the table."""
     model = copy.deepcopy(implanted)
     texts = general_text()
-    config = SeparationConfig(method=METHODS[name], target_modules=targets, general_text=False)
+    method = dataclasses.replace(METHODS[name], seed=seed)
+    config = SeparationConfig(method=method, target_modules=targets, general_text=False)
     start = time.perf_counter()
     report = separate_(
         model, [sentence], texts[::5], config, tokenizer=tokenizer, progress=progress

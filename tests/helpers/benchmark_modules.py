@@ -1,4 +1,4 @@
-"""The programs in `benchmarks/`, which are no package, as modules."""
+"""The programs in `benchmarks/` and `experiments/`, which are no packages, as modules."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def load_benchmark(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
-    """`benchmarks/NAME.py`, for as long as the test runs."""
-    patch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
+def load_benchmark(name: str, patch: pytest.MonkeyPatch, folder: str = "benchmarks") -> ModuleType:
+    """`FOLDER/NAME.py`, for as long as the test runs."""
+    place = ROOT / folder
+    patch.syspath_prepend(str(place))
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", place / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
