@@ -207,6 +207,16 @@ def test_another_model_in_its_place_is_another_job(
         JobFolder(tmp_path / "run", identity(job))
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "ortho.safetensors.enc"])
+def test_weights_are_told_in_every_form(tmp_path: Path, name: str) -> None:
+    """Or a fine-tune of the weights that were there before would be taken from the cache."""
+    found = []
+    for content in (b"weights", b"other weights"):
+        (tmp_path / name).write_bytes(content)
+        found.append(finetuned.model_identity(str(tmp_path)))
+    assert found[0] != found[1]
+
+
 def test_another_main_method_is_another_job(job: TofuJob, tmp_path: Path) -> None:
     """Or what was measured of the one, "alpha 0", would be shown as the other's."""
     methods = {**job.methods, "saliency": SeparationConfig(method=SaliencyConfig())}

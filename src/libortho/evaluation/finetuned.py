@@ -128,9 +128,10 @@ def digest_of(model: str, items: Sequence[Tokens], recipe: MemoriseConfig) -> st
 
 
 def model_identity(model: str) -> list[Any]:
-    """A hub name, or the names, sizes and times of a folder's files."""
+    """A hub name, or the names, sizes and times of a folder's weights and configuration."""
     folder = Path(model)
     if not folder.is_dir():
         return [model]
-    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("config.json"))
+    weights = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.enc", "config.json")
+    files = [file for pattern in weights for file in sorted(folder.glob(pattern))]
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
