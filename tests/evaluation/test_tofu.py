@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,21 @@ def test_the_base_of_a_graft_is_trained_apart_from_the_reference(
     ]  # fmt: skip
     assert rows["alpha 0"]["forget_probability"] < 0.5 * rows["full"]["forget_probability"]
     assert rows["alpha 1"]["forget_probability"] > 0.9 * rows["full"]["forget_probability"]
+
+
+def test_seconds_that_are_not_known_are_not_zero(job: TofuJob, tmp_path: Path, monkeypatch) -> None:
+    """Of an interrupted rehearsal: the split would look faster than it is."""
+    original = seed.fine_tuned
+
+    def interrupted(*arguments: Any) -> finetuned.FineTuned:
+        made = original(*arguments)
+        return dataclasses.replace(made, seconds=None) if "rehearsal" in arguments else made
+
+    monkeypatch.setattr(seed, "fine_tuned", interrupted)
+    for _ in range(2):  # the second time, from the files
+        summary = run_tofu(job, tmp_path / "run")
+        assert math.isnan(summary["rows"]["alpha 0"]["seconds"])
+        write_summary(summary, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

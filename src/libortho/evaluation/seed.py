@@ -19,6 +19,7 @@ from libortho.baselines.tune import tune
 from libortho.checkpoint import load_split, save_split
 from libortho.data.examples import Example
 from libortho.data.tokens import Tokens, encode, evenly
+from libortho.evaluation.entries import number
 from libortho.evaluation.finetuned import FineTuned, fine_tuned, load_model
 from libortho.evaluation.folder import JobFolder
 from libortho.evaluation.job import TofuJob, seeded
@@ -119,6 +120,7 @@ class SeedRun:
                 shown=ends,
             )
         held = self.store.read(self.seed, f"{name}.json")
+        held["seconds"] = number(held["seconds"])
         if main:
             self.separation = held["report"]
             self.seconds["split"] = held["seconds"]
@@ -137,14 +139,14 @@ class SeedRun:
             # Another seed than the reference's, or base and reference would be one model.
             training = dataclasses.replace(config.method.training, seed=self.seed + BASE_SEED)
             made = fine_tuned(self.job.model, self.retain, training, "base", self.tell)
-            before, rehearsing = made.load(), made.seconds or 0.0
+            before, rehearsing = made.load(), number(made.seconds)
             config = dataclasses.replace(config, earlier="trust")
         elif isinstance(config.method, Aiming):
             before = load_model(self.job.model)
             if config.earlier == "rehearse":  # what `separate_` would do by itself, but cached
                 items = evenly(self.retain, REHEARSED)
                 made = fine_tuned(self.job.model, items, REHEARSAL, "rehearsal", self.tell)
-                before, rehearsing = made.load(), made.seconds or 0.0
+                before, rehearsing = made.load(), number(made.seconds)
                 config = dataclasses.replace(config, earlier="rehearsed")
         # Of the sets, which are encoded already: said, so that the report has it.
         config = dataclasses.replace(config, template=self.job.template)
@@ -163,7 +165,7 @@ class SeedRun:
         save_split(model, folder, tokenizer=self.tokenizer, report=report)
         found = report.to_dict()
         spent = time.perf_counter() - clock - found["seconds"].get("measure", 0.0)
-        spent += rehearsing
+        spent += rehearsing  # NaN where it was interrupted: what is not known is not 0
         self.store.write(
             self.seed,
             f"{name}.json",
