@@ -124,6 +124,15 @@ def test_a_second_run_trains_nothing(job: TofuJob, tmp_path: Path, monkeypatch) 
                 assert second[row][measure] == value, (row, measure)
 
 
+def test_what_another_job_compared_is_not_in_the_cache(job: TofuJob, tmp_path: Path) -> None:
+    """A job that goes on has compared its models already; who takes them from the cache has not."""
+    for _ in range(2):
+        run_tofu(job, tmp_path / "one")
+    alone = run_tofu(dataclasses.replace(job, reference=False), tmp_path / "two")
+    assert "forget_quality" not in alone["rows"]["full"]
+    assert "forget_quality" in alone["seeds"]["0"]["missing"]["full"]
+
+
 def test_an_interrupted_fine_tune_leaves_no_cache(
     job: TofuJob, tmp_path: Path, monkeypatch
 ) -> None:

@@ -88,12 +88,13 @@ class Measurements:
         text = json.dumps(described, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:20]
         cache = cache_dir() / "measured" / digest
-        if self._store.evaluation(self._seed, row) is None:
-            held = read_evaluation(cache)
-            if held is not None:
-                self._store.keep(self._seed, row, held)
+        new = self._store.evaluation(self._seed, row) is None
+        held = read_evaluation(cache) if new else None
+        if held is not None:
+            self._store.keep(self._seed, row, held)
         self.measure(row, made.load, shown=True)
-        write_evaluation(self.evaluations[row], cache)
+        if new:  # what an earlier run left has been compared with this job's reference already
+            write_evaluation(self.evaluations[row], cache)
 
     def measure(
         self,
