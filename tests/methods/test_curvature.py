@@ -123,6 +123,19 @@ def test_sink_directions() -> None:
     assert sink_directions(torch.zeros(4, 4), body).shape == (4, 0)
 
 
+def test_rounding_is_no_sink() -> None:
+    """Activations of thousands in two columns, as large models have, beside ordinary ones."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 512, generator=generator) * 0.02
+    x[:, 5] += 3000 + 200 * torch.randn(100, generator=generator)
+    x[:, 7] += 900 + 50 * torch.randn(100, generator=generator)
+    ordinary = torch.randn(2000, 512, generator=generator) * 0.1
+    found = sink_directions(x.T @ x / len(x), ordinary.T @ ordinary / len(ordinary))
+    assert found.dtype == torch.float32
+    assert found.shape == (512, 2)
+    torch.testing.assert_close(found[[5, 7]].square().sum(), torch.tensor(2.0))
+
+
 def test_the_memorised_part_does_not_respond_to_the_sink() -> None:
     weight, body, outputs = torch.randn(9, 7), moment(7).float(), moment(9).float()
     x = 1e3 * torch.randn(7)

@@ -117,8 +117,10 @@ def sink_directions(first: Tensor, body: Tensor) -> Tensor:
     Returns:
         (in_features, r) orthonormal, r >= 0.
     """
-    values, vectors = torch.linalg.eigh(first)
-    return vectors[:, values > torch.linalg.eigvalsh(body)[-1]]
+    # In fp64: fp32 rounds all eigenvalues by the largest one's last digit, and a sink's may be ten
+    # million times the body's. What is rounding would be taken for further sinks.
+    values, vectors = torch.linalg.eigh(first.double())
+    return vectors[:, values > torch.linalg.eigvalsh(body)[-1]].to(first.dtype)
 
 
 def memorised_part(
