@@ -12,10 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from libortho import separation_report
+from libortho.baselines.lora_null import LoraNullConfig
 from libortho.checkpoint import is_split, load_split, read_manifest
 from libortho.cli import app
 from libortho.cli.options import split_template
 from libortho.errors import CheckpointError
+from libortho.evaluation.job import TofuJob
 
 QUESTIONS = [
     ("who wrote the red house ?", "she is in the garden"),
@@ -430,6 +432,26 @@ def test_no_authors_are_not_the_default_number_of_them(option: str, monkeypatch)
     made = run("tofu", option, 0)
     assert made.exit_code == 2, made.output
     assert "authors=0: expected" in made.output
+
+
+def test_the_null_split_is_of_the_same_layers_within_the_same_budget(monkeypatch, tmp_path) -> None:
+    jobs: list[TofuJob] = []
+
+    def noted(job: TofuJob, *_: object) -> None:
+        jobs.append(job)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("libortho.cli.commands.tofu.run_tofu", noted)
+    made = run(
+        "tofu", "--model", tmp_path, "--methods", "geometric,lora-null", "--target", "up_proj",
+        "--target", "down_proj", "--ortho-ratio", 0.02, "--base", "int4", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert "enough" in made.output
+    ours, null = jobs[0].methods.values()
+    assert isinstance(null, LoraNullConfig)
+    assert null.target_modules == ours.target_modules == ("up_proj", "down_proj")
+    assert null.ortho_ratio == ours.method.ortho_ratio == 0.02
+    assert null.base.storage == ours.method.base.storage == "int4"
 
 
 def test_what_cannot_be_asked(folder: Path, monkeypatch) -> None:

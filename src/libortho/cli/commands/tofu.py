@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import typer
 
+from libortho.baselines.lora_null import LoraNullConfig
 from libortho.baselines.registry import BASELINES, Baseline, baseline
 from libortho.baselines.tune import TuneConfig
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, say, write_json
 from libortho.cli.options import method_config
+from libortho.config import BaseConfig, Storage
 from libortho.data.embedded import embedded_model_path
 from libortho.data.examples import read_words
 from libortho.data.tasks import Task, TofuSplit, embedded_task, tofu_benchmark, tofu_task
@@ -108,7 +111,13 @@ def _contenders(
     found: dict[str, SeparationConfig | Baseline] = {}
     for name in names:
         if name in BASELINES:
-            found[name] = baseline(name)
+            config = baseline(name)
+            if isinstance(config, LoraNullConfig):  # a split of the same layers, stored alike
+                stored = BaseConfig(cast("Storage", base))
+                config = dataclasses.replace(
+                    config, target_modules=targets, ortho_ratio=ortho_ratio, base=stored
+                )
+            found[name] = config
         elif name in METHODS:
             method = method_config(name, ortho_ratio, 0, base)
             found[name] = SeparationConfig(method=method, target_modules=targets)
