@@ -233,6 +233,19 @@ def test_leaves_the_model_as_it_was(tiny_llama, random_tokens, snapshot, functio
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_layer_that_the_last_batch_leaves_out(tiny_llama, random_tokens) -> None:
+    """As a mixture does with most of its experts."""
+    model = tiny_llama()
+    name = "model.layers.1.mlp.down_proj"
+    block = model.get_submodule("model.layers.1.mlp")
+    short, long = random_tokens([4, 9])
+    whole = block.forward
+    block.forward = lambda x: whole(x) if x.shape[1] == 4 else torch.zeros_like(x)
+    # Batches of 128 tokens, the shortest sequences first.
+    found = fisher_diagonal(model, select_linear(model, "down_proj"), [*[short] * 40, *[long] * 40])
+    assert float(found[name].sum()) > 0
+
+
 @pytest.mark.parametrize("function", [fisher_diagonal, kronecker_factors])
 def test_a_layer_without_part_in_the_prediction_is_named(
     tiny_llama, random_tokens, function

@@ -200,6 +200,7 @@ def fisher_diagonal(
             tokens += sum(batch.counts)
             if tick:
                 tick(len(batch.index))
+        gradients.update(sums)  # an expert counts as reached that some batch has reached
     return {name: total.div_(tokens) for name, total in sums.items()}
 
 
