@@ -306,6 +306,14 @@ def test_seconds_that_are_not_known_are_not_zero(job: TofuJob, tmp_path: Path, m
         ({"methods": {}}, "methods is empty"),
         ({"methods": {"npo": baseline("npo")}}, "first method is npo"),
         ({"seeds": ()}, "seeds is empty"),
+        *(
+            ({"methods": {"geometric": SeparationConfig(), name: baseline("npo")}}, "as files")
+            for name in ("reference", "alpha 0")
+        ),
+        (
+            {"methods": {"my method": SeparationConfig(), "my-method": baseline("npo")}},
+            "'my-method' as files",
+        ),
     ],
 )
 def test_a_job_that_cannot_be(job: TofuJob, change: dict[str, Any], match: str) -> None:

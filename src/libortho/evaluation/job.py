@@ -13,6 +13,7 @@ from libortho.baselines.tune import TuneConfig
 from libortho.data.tasks import Task
 from libortho.data.tokens import Template
 from libortho.evaluation.finetuned import model_identity
+from libortho.evaluation.folder import slug
 from libortho.evaluation.suite import SuiteConfig
 from libortho.separate import SeparationConfig
 from libortho.training import MemoriseConfig
@@ -61,6 +62,15 @@ class TofuJob:
                 f"the first method is {next(iter(self.methods))}: expected one that splits, "
                 "for the table to have an alpha; baselines come after it"
             )
+        taken = {"full", "reference"}
+        for file in map(slug, self.methods):
+            # What was measured of one model must not be shown as another's.
+            if file in taken or file.startswith("alpha-"):
+                raise ValueError(
+                    f"two models are {file!r} as files: expected methods of other names than full, "
+                    "reference and alpha, that differ in more than spaces and hyphens"
+                )
+            taken.add(file)
         if not self.seeds:
             raise ValueError("seeds is empty: expected at least one")
 
