@@ -277,6 +277,9 @@ def test_the_base_of_a_graft_is_trained_apart_from_the_reference(
     summary = run_tofu(job, tmp_path / "run")
     # full, reference, the graft's base, and what geometric's earlier model is rehearsed on
     assert trained == [(2, 0), (1, 0), (1, seed.BASE_SEED), (1, 0)]
+    settings = summary["separation"]["settings"]
+    assert settings["method"]["training"]["seed"] == seed.BASE_SEED
+    assert settings["method"]["seed"] == 0
     rows = summary["rows"]
     assert list(rows)[2:] == [
         "alpha 0", "alpha 1", "geometric, alpha 0", "geometric, alpha 1",

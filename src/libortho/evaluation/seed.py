@@ -135,12 +135,14 @@ class SeedRun:
             return _eager(load_split(folder))
         model = full.load()
         before, rehearsing = None, 0.0
+        config = seeded(config, self.seed)
         if isinstance(config.method, GraftConfig):  # what `separate_` would do itself, but cached
             # Another seed than the reference's, or base and reference would be one model.
             training = dataclasses.replace(config.method.training, seed=self.seed + BASE_SEED)
             made = fine_tuned(self.job.model, self.retain, training, "base", self.tell)
             before, rehearsing = made.load(), number(made.seconds)
-            config = dataclasses.replace(config, earlier="trust")
+            method = dataclasses.replace(config.method, training=training)
+            config = dataclasses.replace(config, method=method, earlier="trust")
         elif isinstance(config.method, Aiming):
             before = load_model(self.job.model)
             if config.earlier == "rehearse":  # what `separate_` would do by itself, but cached
@@ -156,7 +158,7 @@ class SeedRun:
                 model,
                 self.forget,
                 self.retain,
-                seeded(config, self.seed),
+                config,
                 tokenizer=self.tokenizer,
                 before=before,
                 unseen=self.unseen or None,
