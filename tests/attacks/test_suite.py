@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from libortho.attacks.relearning import STEPS
 from libortho.attacks.show import draw_attacks, print_attacks
 from libortho.attacks.suite import Source, attack_bars, run_attacks
 from libortho.cli import app
+from libortho.files import json_text
 
 LAYERS = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
 CHEAP = ["membership", "difference"]
@@ -102,6 +104,33 @@ def test_steps_beside_the_reference(ours, theirs, value: float, holds: bool) -> 
     assert bar.value == pytest.approx(value)
     assert bar.holds is holds
     assert ("never recalls" in bar.bar) == (ours[1] and not theirs[1])
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_a_score_that_is_not_finite_does_not_hold(file: bool, tmp_path: Path) -> None:
+    """NaN of a perturbed model, which a file has as null."""
+
+    def made(attack: str, first: float, second: float) -> list[Score]:
+        shift = {"shift": second}
+        return [
+            Score("INT4, a", attack, first, None, (), shift),
+            Score("b", attack, second, None, (first, second)),
+        ]
+
+    results = {
+        "perturbation": scores(
+            **{"alpha 0": made("p", 0.1, math.nan)}, reference=made("p", 0.1, 0.1)
+        )
+    }
+    if file:
+        results = json.loads(json_text(results))
+    bars = attack_bars(results)
+    assert len(bars) == 2
+    assert all(math.isnan(bar.value) and not bar.holds for bar in bars)
+    shown = {name: result | {"missing": {}} for name, result in results.items()}
+    summary = {"models": {"alpha 0": {}, "reference": {}}, "attacks": shown, "bars": []}
+    print_attacks(summary, Console(file=io.StringIO()))
+    draw_attacks(summary, tmp_path / "attacks.png")
 
 
 @pytest.mark.parametrize("name", ["alpha-0", "alpha, 0"])

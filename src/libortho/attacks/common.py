@@ -20,6 +20,7 @@ from libortho.checkpoint import is_split, load_split
 from libortho.data.examples import Example
 from libortho.data.general import general_text
 from libortho.data.tokens import Template, Tokens, encode
+from libortho.evaluation.entries import number
 from libortho.evaluation.finetuned import load_model
 from libortho.layer import OrthoLinear
 from libortho.linear import install, read_linear
@@ -52,6 +53,8 @@ class Score:
     def standard_error(self) -> float | None:
         """Of `value` as a mean over questions; None where it is no mean of several."""
         n = len(self.by_question)
+        if not all(map(math.isfinite, self.by_question)):  # which statistics.stdev cannot take
+            return math.nan
         return statistics.stdev(self.by_question) / math.sqrt(n) if n > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,9 +63,10 @@ class Score:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
-        """What `to_dict` made."""
+        """What `to_dict` made; null, for which a file has what is not finite, is NaN."""
         held = {k: v for k, v in data.items() if k != "standard_error"}
-        return cls(**{**held, "by_question": tuple(held["by_question"])})
+        by_question = tuple(number(value) for value in held["by_question"])
+        return cls(**{**held, "value": number(held["value"]), "by_question": by_question})
 
 
 def mean_score(

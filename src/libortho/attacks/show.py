@@ -14,6 +14,7 @@ from rich.table import Table
 from libortho.attacks.relearning import STEPS
 from libortho.attacks.suite import BASE, ORIGINAL, REFERENCE
 from libortho.evaluation.canvas import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from libortho.evaluation.entries import number
 
 _STYLE = {BASE: (VERMILION, "o"), REFERENCE: (GREEN, "D"), ORIGINAL: (GREY, "s")}
 _OTHERS = ((BLUE, "^"), (PURPLE, "v"), (SKY, "P"), (ORANGE, "X"))
@@ -57,6 +58,8 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
 def _text(score: dict[str, Any] | None) -> str:
     if score is None:
         return ""
+    if score["value"] is None:
+        return "not finite"
     if score["measure"] == STEPS:
         reached = score["details"]["reached"]
         return f"{score['value']:.1f}" if reached else f"> {score['value']:.0f}"
@@ -114,7 +117,7 @@ def _dots(axes: Axes, rates: list[tuple[str, str, dict[str, Any]]], models: list
         colour, marker = _style(who, models)
         points = [(row[who], y) for y, (_, _, row) in enumerate(rates) if who in row]
         axes.errorbar(
-            [score["value"] for score, _ in points],
+            [number(score["value"]) for score, _ in points],
             [y for _, y in points],
             xerr=[score["standard_error"] or 0.0 for score, _ in points],
             color=colour, marker=marker, ms=5, ls="none", elinewidth=1, label=who,

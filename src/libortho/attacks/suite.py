@@ -16,6 +16,7 @@ from libortho.attacks.common import AttackData, Findings, Score, Subject
 from libortho.attacks.registry import ATTACKS
 from libortho.attacks.relearning import STEPS
 from libortho.evaluation.bars import Bar, at_least, at_most
+from libortho.evaluation.entries import number
 from libortho.evaluation.folder import JobFolder, slug
 from libortho.evaluation.tofu import versions
 from libortho.files import write_json
@@ -196,7 +197,7 @@ def _beside(attack: str, base: dict[str, Score], reference: dict[str, Score]) ->
     excess = {n: ours.value - theirs.value for n, (ours, theirs) in both.items() if n not in steps}
     found = [_steps(attack, steps)] if steps else []
     if excess:
-        name = max(excess, key=excess.__getitem__)
+        name = max(excess, key=lambda n: _worst(excess[n]))
         margin = MEMBERSHIP_MARGIN if attack == "membership" else RECALL_MARGIN
         bar = f"{attack}: {both[name][0].measure} beyond the reference's (worst: {name})"
         found.append(at_most(bar, excess[name], margin))
@@ -227,10 +228,15 @@ def _ratio(ours: float, theirs: float) -> float:
     return (ours / theirs) if theirs else (1.0 if not ours else math.inf)
 
 
+def _worst(value: float) -> float:
+    """For a maximum: NaN, which compares with nothing, above all else. Its bar does not hold."""
+    return math.inf if math.isnan(value) else value
+
+
 def _int4(base: Mapping[str, Score]) -> list[Bar]:
-    moves = {n: abs(s.details["shift"]) for n, s in base.items() if n.startswith("INT4")}
+    moves = {n: abs(number(s.details["shift"])) for n, s in base.items() if n.startswith("INT4")}
     if not moves:
         return []
-    name = max(moves, key=moves.__getitem__)
+    name = max(moves, key=lambda n: _worst(moves[n]))
     bar = f"perturbation: move of the forget probability by re-quantisation (worst: {name})"
     return [at_most(bar, moves[name], INT4_SHIFT)]
