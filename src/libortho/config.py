@@ -45,7 +45,7 @@ def check_positive(name: str, value: float, *, zero: bool = False) -> None:
 
 
 MOST_NLL = 30.0
-"""Nats per token: a probability of 1e-13, below which fp32 tells none apart."""
+"""Nats per token that may be aimed at: a probability of 1e-13, to which targets are clamped."""
 
 
 def check_nll(name: str, value: float) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from libortho.config import MOST_NLL
 from libortho.data.tokens import Tokens, batches
 from libortho.gradients import Edit, Factored, edited_factors, edited_layers
 from libortho.scoring import predicted_logits
@@ -135,7 +136,7 @@ def _lower(target: Target, item: Tokens, level: float) -> Target:
     def lowered(ceiling: float) -> Tensor:
         return torch.where(copied, own, own.clamp_max(ceiling))
 
-    low, high = -30.0, 0.0
+    low, high = -MOST_NLL, 0.0
     for _ in range(40):
         middle = (low + high) / 2
         mean = float(lowered(math.exp(middle)).double().log().mean())
@@ -147,7 +148,7 @@ def _lower(target: Target, item: Tokens, level: float) -> Target:
 
 
 def _log_odds(log_p: Tensor) -> Tensor:
-    log_p = log_p.clamp(-30.0, -1e-6)
+    log_p = log_p.clamp(-MOST_NLL, -1e-6)
     return log_p - torch.log(-torch.expm1(log_p))
 
 

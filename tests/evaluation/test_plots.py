@@ -230,3 +230,8 @@ def test_the_same_summary_gives_the_same_picture(summary) -> None:
 def test_png_is_white(summary) -> None:
     image = mpl.image.imread(io.BytesIO(pictures(summary)[0].png()))
     assert image[0, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_a_single_alpha_has_no_ends(summary) -> None:
+    del summary["rows"]["alpha 0.5"], summary["rows"]["alpha 1"]
+    assert "Dotted" not in drawn(summary)["alpha_sweep"].caption

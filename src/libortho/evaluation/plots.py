@@ -147,7 +147,7 @@ def _models(axes: Axes, rows: Rows, main: str, x: str, y: str, least: float = -m
 
 def _path(steps: Sequence[Any]) -> str:
     """The line between measurements: dotted where there are but the two ends."""
-    return "-" if len(steps) > 2 else ":"
+    return ":" if len(steps) == 2 else "-"
 
 
 def _goal(axes: Axes, left: float, low: float, high: float) -> None:

@@ -41,7 +41,7 @@ class SaliencyConfig:
 
     Attributes:
         ortho_ratio: ortho entries over the parameters of all targeted layers, a fraction; exactly
-            round(ortho_ratio * parameters) are kept.
+            floor(ortho_ratio * parameters) are kept.
         damping: multiple of the layers' mean Fisher information that is added to it, so that
             entries which the retain sample happens not to use are not taken for free.
         steps: of the search, at most.

@@ -34,9 +34,8 @@ of them, and shorter ones, so that an epoch goes as far: there is more that may 
 way, and more retain text seen on it."""
 
 POOL_TOKENS = 8_000
-"""See `Fit`, for epochs of up to `EPOCH_STEPS`: about what their steps come to see. Longer ones see
-more, and draw it from all there is: with a fifth of a retain set, 0.97 of that fifth's probability
-was kept and 0.93 of the rest's (docs/results.md, "Forty authors")."""
+"""See `Fit`, for epochs of up to `EPOCH_STEPS`. Longer ones draw from all there is: text that is
+drawn is kept better than text that is not, and of a large retain set this would be a small part."""
 
 NEAR = 2.0
 """Multiple of the wanted probability below which it is measured after every epoch."""

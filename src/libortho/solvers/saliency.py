@@ -19,6 +19,7 @@ from libortho.forgetting import (
 )
 from libortho.goal import Goal
 from libortho.gradients import fisher_diagonal
+from libortho.methods.edits import parameter_budget
 from libortho.methods.saliency import (
     MaskedDescent,
     SaliencyConfig,
@@ -45,7 +46,7 @@ def solve_saliency(problem: Problem, method: SaliencyConfig) -> dict[str, Split]
     journal, goal = problem.journal, problem.goal
     assert goal is not None
     total = sum(weight.numel() for weight in problem.weights.values())
-    count = round(method.ortho_ratio * total)
+    count = parameter_budget(problem.shapes, method.ortho_ratio)
     if count < 1:
         raise ValueError(
             f"ortho_ratio={method.ortho_ratio} pays for none of the layers' {total} entries"
