@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from libortho.data.examples import Example
 from libortho.data.general import general_text
 from libortho.data.tokens import Template, Tokens, as_tokens, collate
 from libortho.scoring import check_vocabulary
@@ -74,3 +75,34 @@ def checked_tokens(
         except ValueError as error:
             raise ValueError(f"{label}[{position}]: {error}") from None
     return result
+
+
+def check_apart(forget: Sequence[Any], others: Mapping[str, Sequence[Any] | None]) -> None:
+    """Raise ValueError where a text that is to be forgotten is in another set, word for word.
+
+    It cannot go and stay. A base that is fine-tuned on the retain set would learn it, and as unseen
+    text it would say that what the model knows of it is what it should know. Of tokens nothing is
+    said: a vocabulary of few words makes the same ones of different texts.
+
+    Args:
+        forget: the forget set, as a caller gave it.
+        others: label -> set, or None.
+    """
+    for label, items in others.items():
+        if items is None:
+            continue
+        places = {_words(item): position for position, item in enumerate(items)}
+        for position, item in enumerate(forget):
+            words = _words(item)
+            if words is not None and words in places:
+                raise ValueError(
+                    f"forget[{position}] is {label}[{places[words]}], too: expected sets that "
+                    "share nothing"
+                )
+
+
+def _words(item: Any) -> tuple[str | None, str] | None:
+    """(question, answer) of an example, (None, text) of a text, None of anything else."""
+    if isinstance(item, Example):
+        return item.question, item.answer
+    return (None, item) if isinstance(item, str) else None

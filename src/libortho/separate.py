@@ -22,7 +22,7 @@ from libortho.base import check_width
 from libortho.calibration import not_finite
 from libortho.config import check_choice, to_dict
 from libortho.data.tokens import Template, Tokens, holds_question, spread
-from libortho.given import check_outputs, checked_tokens, general_tokens
+from libortho.given import check_apart, check_outputs, checked_tokens, general_tokens
 from libortho.goal import Aiming, Earlier, choose_goal
 from libortho.ignorant import check_trainable, exchange_, ignorant_model
 from libortho.layer import OrthoLinear
@@ -125,7 +125,8 @@ def separate_(
         nothing is claimed then.
 
     Raises:
-        ValueError: a set that is missing or empty, a target that matches nothing, NaN/Inf weights,
+        ValueError: a set that is missing or empty, a text of the forget set that is in another set,
+            too, a target that matches nothing, NaN/Inf weights,
             a layer that is split already, a token id outside the vocabulary, a budget too small for
             one direction or entry, a sequence of which the model makes NaN or Inf (it and the first
             such layer are named).
@@ -159,6 +160,8 @@ def separate_(
     forget_items = [] if forget is None or len(forget) == 0 else tokens(forget, "forget")
     retain_items = tokens(retain, "retain")
     unseen_items = None if unseen is None else tokens(unseen, "unseen")
+    if forget is not None:
+        check_apart(forget, {"retain": retain, "unseen": unseen})
     given = [items for items in (forget, retain, unseen) if items is not None]
     # Where nothing was asked, nothing was measured in any form.
     template = config.template if any(map(holds_question, given)) else None

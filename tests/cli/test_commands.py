@@ -137,8 +137,8 @@ def test_plain_questions_to_a_chat_model_are_mentioned(folder: Path, tokenizer) 
 
 
 def test_texts_have_no_form(folder: Path) -> None:
-    texts = ["she is in the red house", "it is in the garden"]
-    for name in ("forget", "retain"):
+    sets = {"forget": ["she is in the house"], "retain": ["she is red", "it is in the garden"]}
+    for name, texts in sets.items():
         lines = [json.dumps({"text": text}) for text in texts]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     made = separate(folder, "--json", folder / "report.json")

@@ -58,8 +58,11 @@ class Workshop:
         self.keys = [root / f"key-{number}" for number in range(2)]
         for path, key in zip(self.keys, KEYS, strict=True):
             path.write_text(key.secret.hex())
-        self.text = root / "retain.jsonl"
-        self.text.write_text('{"text": "where is the house in the garden ? it is red ."}\n' * 3)
+        self.forget, self.retain = root / "forget.jsonl", root / "retain.jsonl"
+        self.forget.write_text(
+            '{"text": "who wrote it in the red garden ? she is a house ."}\n' * 3
+        )
+        self.retain.write_text('{"text": "where is the house in the garden ? it is red ."}\n' * 3)
 
     def start(self) -> None:
         """A plain split at `out`."""
@@ -78,7 +81,7 @@ SPECTRAL = ("--method", "spectral", "--ortho-ratio", "0.05")
 
 
 def test_separate_in_memory(shop: Workshop, killer, times: Callable[[str, int], int]) -> None:
-    sets = ("--forget", shop.text, "--retain", shop.text)
+    sets = ("--forget", shop.forget, "--retain", shop.retain)
     work = command("separate", shop.model, *sets, "--out", shop.out, *SPECTRAL)
     seconds = killer.seconds(work)
     new = bytes_in(shop.out)

@@ -18,6 +18,7 @@ from libortho import (
     set_alpha,
 )
 from libortho.base import Int8Base
+from libortho.data.examples import Example
 
 TARGETS = ("up_proj", "down_proj")
 
@@ -235,3 +236,23 @@ def test_trainable_parameters_stay_trainable_and_clean(memorised, config) -> Non
     assert m.model.lm_head.weight.requires_grad
     assert all(p.grad is None for p in m.model.parameters())
     assert not any(mod._forward_hooks or mod._forward_pre_hooks for mod in m.model.modules())
+
+
+@pytest.mark.parametrize("form", [str, lambda text: Example(text, "who is in the house ?")])
+@pytest.mark.parametrize("label", ["retain", "unseen"])
+def test_a_text_that_is_to_go_and_to_stay_is_refused(
+    tiny_llama, tokenizer, snapshot, config, assert_unchanged, label: str, form
+) -> None:
+    model = tiny_llama()
+    before = snapshot(model)
+    forget = [form(text) for text in ("she is in the house", "it is red")]
+    sets = {
+        name: [form("it is in the garden"), form("she is red")] for name in ("retain", "unseen")
+    }
+    sets[label].append(form("it is red"))
+    settings = config(target_nll=None)
+    with pytest.raises(ValueError, match=rf"^forget\[1\] is {label}\[2\], too: expected sets that"):
+        separate_(
+            model, forget, sets["retain"], settings, unseen=sets["unseen"], tokenizer=tokenizer
+        )
+    assert_unchanged(before, snapshot(model))
