@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from libortho.data.tokens import Tokens, evenly
+from libortho.data.sampling import evenly
+from libortho.data.tokens import Tokens
 from libortho.forgetting import (
     Target,
     sharpened,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from libortho.alpha import alpha_scope
-from libortho.data.tokens import Tokens, spread
+from libortho.data.sampling import spread
+from libortho.data.tokens import Tokens
 from libortho.linear import is_conv1d
 from libortho.scoring import answer_probability, perplexity, sequence_nll
 from libortho.training import Progress

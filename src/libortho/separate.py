@@ -21,7 +21,8 @@ from libortho.alpha import ortho_layers
 from libortho.base import check_width
 from libortho.calibration import not_finite
 from libortho.config import check_choice, to_dict
-from libortho.data.tokens import Template, Tokens, holds_question, spread
+from libortho.data.sampling import spread
+from libortho.data.tokens import Template, Tokens, holds_question
 from libortho.given import check_apart, check_outputs, checked_tokens, general_tokens
 from libortho.goal import Aiming, Earlier, choose_goal
 from libortho.ignorant import check_trainable, exchange_, ignorant_model

@@ -13,8 +13,9 @@ from libortho import OrthoLinear
 from libortho.baselines.lora_null import LoraNullConfig
 from libortho.baselines.losses import NPO, RMU, GradDiff, SimNPO
 from libortho.baselines.registry import BASELINES, baseline, run_baseline_
-from libortho.baselines.tune import Candidate, TuneConfig, best_of, evenly, tune
+from libortho.baselines.tune import Candidate, TuneConfig, best_of, tune
 from libortho.baselines.unlearn import UnlearnConfig
+from libortho.data.sampling import evenly
 from libortho.scoring import answer_probability, sequence_nll
 
 
@@ -44,12 +45,6 @@ def candidate(forget: float, retain: float, reached: bool = False) -> Candidate:
 )
 def test_best_of(candidates, chosen: int) -> None:
     assert best_of([candidate(*c) for c in candidates], 0.9) == chosen
-
-
-def test_evenly() -> None:
-    assert evenly(list("abcdefgh"), 4) == list("aceg")
-    assert evenly(list("abcde"), 3) == list("abd")
-    assert evenly(list("abc"), 10) == list("abc")
 
 
 def test_the_grid_is_run_and_its_best_model_kept(memorised) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from libortho import OrthoLinear, SeparationConfig, separate_
-from libortho.data.tokens import evenly
+from libortho.data.sampling import evenly
 from libortho.forgetting import targets_from_earlier_model
 from libortho.goal import REHEARSAL, REHEARSED, choose_goal
 from libortho.training import memorise_

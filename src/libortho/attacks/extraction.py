@@ -24,7 +24,8 @@ from libortho.attacks.common import (
 )
 from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.examples import Example
-from libortho.data.tokens import Tokens, encode, evenly, prompt_ids, prompt_text
+from libortho.data.sampling import evenly
+from libortho.data.tokens import Tokens, encode, prompt_ids, prompt_text
 from libortho.evaluation.generation import greedy, sampled
 from libortho.evaluation.metrics import rouge_l_recall
 from libortho.scoring import sequence_nll

@@ -28,7 +28,8 @@ from libortho.attacks.common import (
 from libortho.attacks.difference import Directions
 from libortho.base import check_width, quantize
 from libortho.config import BaseConfig, check_count, check_fraction, check_positive
-from libortho.data.tokens import Tokens, evenly
+from libortho.data.sampling import evenly
+from libortho.data.tokens import Tokens
 from libortho.evaluation.metrics import loss_score, probability
 from libortho.linear import is_conv1d
 from libortho.scoring import sequence_nll

@@ -27,7 +27,8 @@ from libortho.attacks.common import (
 )
 from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.examples import Example
-from libortho.data.tokens import Batch, Tokens, batches, evenly
+from libortho.data.sampling import evenly
+from libortho.data.tokens import Batch, Tokens, batches
 
 ACCURACY = "share of right answers told"
 RANK = "mean reciprocal rank"

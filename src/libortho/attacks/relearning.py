@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from libortho.attacks.common import AttackData, Findings, Progress, Score, Subject
 from libortho.config import check_count, check_fraction, check_positive
-from libortho.data.tokens import Tokens, collate, encode, evenly
+from libortho.data.sampling import evenly
+from libortho.data.tokens import Tokens, collate, encode
 from libortho.evaluation.metrics import loss_score, probability
 from libortho.scoring import sequence_nll, token_nll
 from libortho.training import MasterWeights, body_parameters, shuffled_batches

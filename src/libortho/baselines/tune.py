@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from libortho.baselines.registry import Baseline, run_baseline_
 from libortho.baselines.unlearn import UnlearnConfig
 from libortho.config import check_count, check_fraction, check_positive
-from libortho.data.tokens import Tokens, as_tokens, evenly
+from libortho.data.sampling import evenly
+from libortho.data.tokens import Tokens, as_tokens
 from libortho.report import SeparationReport
 from libortho.scoring import answer_probability, sequence_nll
 from libortho.training import Progress

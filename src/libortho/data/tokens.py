@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["plain", "chat"]
-T = TypeVar("T")
 
 IGNORED = -100
 """The label of a token that is not predicted, in Hugging Face's data sets."""
@@ -254,18 +253,3 @@ def collate(items: Sequence[Tokens], rows: list[int]) -> Batch:
         labels += item.ids[item.prompt :]
     counts = [items[i].targets for i in rows]
     return Batch(list(rows), ids, attention, predicts, torch.tensor(labels), counts)
-
-
-def spread(sets: Sequence[list[Tokens]], tokens: int) -> list[Tokens]:
-    """About `tokens` tokens, the same share of each set, evenly spread over it."""
-    chosen: list[Tokens] = []
-    for items in sets:
-        stride = max(1, round(sum(len(i.ids) for i in items) * len(sets) / tokens))
-        chosen += items[::stride]
-    return chosen
-
-
-def evenly(items: Sequence[T], count: int) -> list[T]:
-    """`count` of the items (or all, where there are fewer), evenly spread over them."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from libortho.data.examples import Example
+from libortho.data.sampling import even_index
 from libortho.data.tokens import Template, Tokens, encode
 from libortho.scoring import TokenStatistics, token_statistics
 
@@ -28,8 +29,7 @@ class Part:
 
     def __init__(self, name: str, examples: Sequence[Example], limit: int | None) -> None:
         self.name, self.whole = name, len(examples)
-        count = self.whole if limit is None else min(limit, self.whole)
-        self.index = [i * self.whole // count for i in range(count)]
+        self.index = even_index(self.whole, self.whole if limit is None else limit)
         self.examples = [examples[i] for i in self.index]
 
     def answers(self, kind: str) -> list[tuple[str, ...]]:

@@ -18,7 +18,8 @@ from libortho.baselines.registry import Baseline
 from libortho.baselines.tune import tune
 from libortho.checkpoint import load_split, save_split
 from libortho.data.examples import Example
-from libortho.data.tokens import Tokens, encode, evenly
+from libortho.data.sampling import evenly
+from libortho.data.tokens import Tokens, encode
 from libortho.evaluation.entries import number
 from libortho.evaluation.finetuned import FineTuned, fine_tuned, load_model
 from libortho.evaluation.folder import JobFolder

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from libortho.base import quantize
-from libortho.data.tokens import spread
+from libortho.data.sampling import spread
 from libortho.gradients import KroneckerFactors, kronecker_factors
 from libortho.linalg import leading_factors
 from libortho.methods.curvature import CurvatureConfig, memorised_part, sink_directions

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
-from libortho.data.tokens import Tokens, spread
+from libortho.data.sampling import spread
+from libortho.data.tokens import Tokens
 from libortho.forgetting import (
     Feedback,
     Gradients,

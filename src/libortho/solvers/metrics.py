@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from libortho.calibration import Moments, Tick, second_moments
-from libortho.data.tokens import Tokens, spread
+from libortho.data.sampling import spread
+from libortho.data.tokens import Tokens
 from libortho.gradients import output_sensitivity
 from libortho.linalg import WIDE
 from libortho.methods.edits import Metric, retain_metric

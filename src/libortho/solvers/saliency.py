@@ -10,7 +10,7 @@ from torch import Tensor
 
 from libortho.base import quantize
 from libortho.base.streams import BaseStream
-from libortho.data.tokens import spread
+from libortho.data.sampling import spread
 from libortho.forgetting import (
     Feedback,
     feedback,

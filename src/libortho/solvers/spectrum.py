@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from libortho.calibration import mean_squares
-from libortho.data.tokens import spread
+from libortho.data.sampling import spread
 from libortho.methods.edits import LowRankEdit, Metric
 from libortho.report import LayerSpectrum
 from libortho.solvers.problem import Problem
