@@ -125,11 +125,10 @@ def separate_(
         nothing is claimed then.
 
     Raises:
-        ValueError: a set that is missing or empty, a text of the forget set that is in another set,
-            too, a target that matches nothing, NaN/Inf weights,
-            a layer that is split already, a token id outside the vocabulary, a budget too small for
-            one direction or entry, a sequence of which the model makes NaN or Inf (it and the first
-            such layer are named).
+        ValueError: a set that is missing or empty, a text that is in two sets, a target that
+            matches nothing, NaN/Inf weights, a layer that is split already, a token id outside the
+            vocabulary, a budget too small for one direction or entry, a sequence of which the model
+            makes NaN or Inf (it and the first such layer are named).
         TypeError: a target that is not linear, or items of an unknown form.
     """
     if config is None:
@@ -160,8 +159,7 @@ def separate_(
     forget_items = [] if forget is None or len(forget) == 0 else tokens(forget, "forget")
     retain_items = tokens(retain, "retain")
     unseen_items = None if unseen is None else tokens(unseen, "unseen")
-    if forget is not None:
-        check_apart(forget, {"retain": retain, "unseen": unseen})
+    check_apart({"forget": forget, "retain": retain, "unseen": unseen})
     given = [items for items in (forget, retain, unseen) if items is not None]
     # Where nothing was asked, nothing was measured in any form.
     template = config.template if any(map(holds_question, given)) else None
