@@ -89,9 +89,10 @@ def check_apart(sets: Mapping[str, Sequence[Any] | None]) -> None:
     Args:
         sets: label -> a set as a caller gave it, or None.
     """
-    for (label, items), (other, others) in combinations(sets.items(), 2):
-        places = {_words(item): position for position, item in enumerate(others or ())}
-        for position, item in enumerate(items or ()):
+    given = [(label, items) for label, items in sets.items() if items is not None]
+    for (label, items), (other, others) in combinations(given, 2):
+        places = {_words(item): position for position, item in enumerate(others)}
+        for position, item in enumerate(items):
             words = _words(item)
             if words is not None and words in places:
                 raise ValueError(

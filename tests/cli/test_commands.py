@@ -306,6 +306,29 @@ def test_bad_arguments_are_one_line_and_leave_nothing(folder: Path, more, told: 
     assert not (folder / "split").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--target-nll", "2", "--before", "model"], "target_nll and before/unseen both say how"),
+        (["--target-nll", "2", "--unseen", "other.jsonl"], "target_nll and before/unseen both"),
+        (["--unseen", "forget.jsonl"], "forget[0] is unseen[0], too: expected sets that share"),
+        (["--unseen", "retain.jsonl"], "retain[0] is unseen[0], too: expected sets that share"),
+    ],
+)
+def test_what_contradicts_itself_is_told_before_a_model_is_loaded(
+    folder: Path, monkeypatch, more: list[str], told: str
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("a long wait")
+
+    monkeypatch.setattr("libortho.cli.commands.separate.load_model", load)
+    monkeypatch.chdir(folder)
+    write_jsonl(folder / "other.jsonl", [("who is it ?", "a house")])
+    made = separate(folder, *more)
+    assert made.exit_code == 2, made.output
+    assert told in " ".join(made.output.split())
+
+
 def test_a_key_that_cannot_be_read_is_told_before_the_work(folder: Path, monkeypatch) -> None:
     from libortho.cli.commands import separate as command
     from libortho.evaluation import tofu as job
