@@ -33,7 +33,7 @@ from libortho.cli.options import (
 from libortho.cli.serve import keys, serve, ui
 from libortho.cli.strip import strip
 from libortho.cli.tofu import tofu
-from libortho.cli.vault import encrypt, rotate_key, use_key_file
+from libortho.cli.vault import OrthoKeyFile, encrypt, rotate_key, use_key_file
 from libortho.separate import SeparationConfig
 
 app = typer.Typer(
@@ -45,7 +45,16 @@ app = typer.Typer(
 )
 
 
-app.callback()(use_key_file)
+@app.callback()
+def before_any_command(
+    context: typer.Context,
+    ortho_key_file: OrthoKeyFile = None,
+) -> None:
+    """Split a language model's memory from its ability, and switch the memory per request."""
+    if ortho_key_file is not None:
+        use_key_file(context, ortho_key_file)
+
+
 app.command()(tofu)
 app.command()(strip)
 app.command()(encrypt)

@@ -10,6 +10,7 @@ import typer
 
 from libortho.checkpoint.reports import read_template
 from libortho.config import BaseConfig
+from libortho.data.examples import check_file
 from libortho.data.tokens import Template
 from libortho.files import check_makeable
 from libortho.goal import Earlier
@@ -119,6 +120,14 @@ def check_template(name: str) -> Template:
     if name not in ("plain", "chat"):
         raise ValueError(f"--template {name!r}: expected plain or chat")
     return name  # type: ignore[return-value]
+
+
+def check_readable(option: str, path: Path) -> Path:
+    """The path, if there is something to read; else FileNotFoundError, which names the option."""
+    try:
+        return check_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{option}: {error}") from None
 
 
 def split_template(name: str | None, folder: Path, unknown: Template) -> Template:
