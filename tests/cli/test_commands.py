@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import libortho
 from libortho import separation_report
 from libortho.baselines.lora_null import LoraNullConfig
 from libortho.checkpoint import is_split, load_split, read_manifest
@@ -296,6 +297,7 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
         (["--device-map", "cuda:99"], "--device-map 'cuda:99': there is no such device here"),
         (["--device-map", "many"], "--device-map 'many': expected auto, balanced"),
         (["--device-map", "auto", "--ray", "auto"], "--device-map with --ray: each worker loads"),
+        (["--ray", ""], "--ray '': expected the address of a cluster, such as 10.0.0.1:6379"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(folder: Path, more, told: str) -> None:
@@ -408,6 +410,20 @@ def test_every_command_explains_itself() -> None:
         assert shown.exit_code == 0
         assert "--json" in shown.output
         assert "--seed" in shown.output
+
+
+def test_the_version() -> None:
+    shown = run("--version")
+    assert (shown.exit_code, shown.output) == (0, f"libortho {libortho.__version__}\n")
+
+
+def test_an_ordinary_model_is_no_split(folder: Path) -> None:
+    for command in (["eval", "--text", folder / "forget.jsonl"], ["inspect"], ["chat"], ["serve"]):
+        refused = run(command[0], folder / "model", *command[1:])
+        assert refused.exit_code == 2, refused.output
+        said = " ".join(refused.output.split())
+        assert f"{folder / 'model'} is a model, and no split of one: expected" in said
+        assert "`libortho separate`" in said
 
 
 def test_names_in_brackets_are_printed_as_they_are(folder: Path) -> None:
