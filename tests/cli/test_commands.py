@@ -286,7 +286,7 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
             "does not divide the 32 input features of model.layers.0",
         ),
         (["--unseen", "missing.jsonl"], "no such file"),
-        (["--before", "./missing"], "missing"),
+        (["--before", "./missing"], "--before './missing' is not there: expected the folder of a"),
         (["--gather", "2"], "--gather is for --ray"),
         (["--method", "graft"], "before is missing: the graft method's base is made of"),
         (["--method", "curvature", "--before", "m"], "--before: method curvature does not look"),
@@ -426,6 +426,69 @@ def test_an_ordinary_model_is_no_split(folder: Path) -> None:
         assert "`libortho separate`" in said
 
 
+A_MODEL = "expected the folder of a causal LM or its Hugging Face name"
+
+
+@pytest.mark.parametrize("name", ["./no-model", "a/b/c", "", "empty", "forget.jsonl"])
+@pytest.mark.parametrize("command", ["separate", "stream", "before", "tofu"])
+def test_a_place_without_a_model_is_named_at_once(
+    folder: Path, monkeypatch, command: str, name: str
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("a long wait")
+
+    monkeypatch.setattr("libortho.cli.commands.separate.load_model", load)
+    monkeypatch.chdir(folder)
+    (folder / "empty").mkdir()
+    sets = ["--forget", "forget.jsonl", "--retain", "retain.jsonl", "--out", "out"]
+    option, arguments = {
+        "separate": ("MODEL", ["separate", name, *sets]),
+        "stream": ("MODEL", ["separate", name, "--stream", "--method=spectral", "--out", "out"]),
+        "before": ("--before", ["separate", "model", *sets, "--before", name]),
+        "tofu": ("--model", ["tofu", "--model", name, "--out", "out"]),
+    }[command]
+    refused = run(*arguments)
+    assert refused.exit_code == 2, refused.output
+    said = " ".join(refused.output.split())
+    why = "holds no config.json" if Path(name).name in ("empty", "forget.jsonl") else "is not there"
+    # nothing of the hub, which would be waited for
+    assert said.endswith(f"{option} {name!r} {why}: {A_MODEL}")
+    assert not (folder / "out").exists()
+
+
+def test_a_name_that_the_hub_does_not_know_is_named(folder: Path, monkeypatch) -> None:
+    def ask(*_: object) -> None:
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", ask)
+    refused = run(
+        "separate", "no/such", "--forget", folder / "forget.jsonl",
+        "--retain", folder / "retain.jsonl", "--out", folder / "split",
+    )  # fmt: skip
+    assert refused.exit_code == 2, refused.output
+    told = f"MODEL 'no/such' is not there: {A_MODEL} (the hub: We couldn't connect to the hub)"
+    assert refused.output.strip().endswith(told)
+
+
+def test_a_text_is_read_before_the_model(folder: Path, monkeypatch) -> None:
+    assert separate(folder).exit_code in (0, 3)
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a long wait")
+
+    monkeypatch.setattr("libortho.cli.commands.evaluate.load_split", load)
+    (folder / "bad.jsonl").write_text("{")
+    (folder / "bad.txt").write_bytes(b"\xff")
+    for name, told in (
+        ("none.jsonl", "no such file"), ("bad.jsonl", "line 1"), ("bad.txt", "not text in UTF-8")
+    ):  # fmt: skip
+        refused = run("eval", folder / "split", "--text", folder / name)
+        assert refused.exit_code == 2, refused.output
+        assert told in refused.output
+    refused = run("eval", "no-such-split", "--text", folder / "forget.jsonl")
+    assert "no-such-split does not exist: expected the folder of a split" in refused.output
+
+
 def test_names_in_brackets_are_printed_as_they_are(folder: Path) -> None:
     """What rich would take for markup, in a path longer than a line."""
     place = folder / "a [bold] place" / ("long" * 30)
@@ -481,6 +544,7 @@ def test_the_null_split_is_of_the_same_layers_within_the_same_budget(monkeypatch
         raise ValueError("enough")
 
     monkeypatch.setattr("libortho.cli.commands.tofu.run_tofu", noted)
+    (tmp_path / "config.json").write_text("{}")
     made = run(
         "tofu", "--model", tmp_path, "--methods", "geometric,lora-null", "--target", "up_proj",
         "--target", "down_proj", "--ortho-ratio", 0.02, "--base", "int4", "--out", tmp_path / "run",
