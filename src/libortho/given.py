@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from libortho.data.examples import Example
@@ -77,26 +78,25 @@ def checked_tokens(
     return result
 
 
-def check_apart(forget: Sequence[Any], others: Mapping[str, Sequence[Any] | None]) -> None:
-    """Raise ValueError where a text that is to be forgotten is in another set, word for word.
+def check_apart(sets: Mapping[str, Sequence[Any] | None]) -> None:
+    """Raise ValueError where a text is in two sets, word for word.
 
-    It cannot go and stay. A base that is fine-tuned on the retain set would learn it, and as unseen
-    text it would say that what the model knows of it is what it should know. Of tokens nothing is
-    said: a vocabulary of few words makes the same ones of different texts.
+    What is to be forgotten cannot go and stay: a base that is fine-tuned on the retain set would
+    learn it. Unseen text says how well the model knows what it never saw, and of what it was
+    trained on, to go or to stay, that is too well. Of tokens nothing is said: a vocabulary of few
+    words makes the same ones of different texts.
 
     Args:
-        forget: the forget set, as a caller gave it.
-        others: label -> set, or None.
+        sets: label -> a set as a caller gave it, or None.
     """
-    for label, items in others.items():
-        if items is None:
-            continue
-        places = {_words(item): position for position, item in enumerate(items)}
-        for position, item in enumerate(forget):
+    given = [(label, items) for label, items in sets.items() if items is not None]
+    for (label, items), (other, others) in combinations(given, 2):
+        places = {_words(item): position for position, item in enumerate(others)}
+        for position, item in enumerate(items):
             words = _words(item)
             if words is not None and words in places:
                 raise ValueError(
-                    f"forget[{position}] is {label}[{places[words]}], too: expected sets that "
+                    f"{label}[{position}] is {other}[{places[words]}], too: expected sets that "
                     "share nothing"
                 )
 

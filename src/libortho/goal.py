@@ -97,8 +97,7 @@ def choose_goal(
             the model makes NaN of unseen text; or `before` is to be rehearsed and not whole in
             memory.
     """
-    if target_nll is not None and (before is not None or unseen is not None):
-        raise ValueError("target_nll and before/unseen both say how much to forget: give one")
+    check_guides(target_nll, before, unseen)
     level = None
     if unseen is not None:
         level = answer_probability(sequence_nll(model, unseen))
@@ -111,6 +110,12 @@ def choose_goal(
         nll = DEFAULT_TARGET_NLL if target_nll is None else target_nll
         level, source = math.exp(-nll), f"{nll:.3g} nats per token"
     return Goal(targets_from_model_itself(model, forget, level), level, source)
+
+
+def check_guides(target_nll: float | None, before: object | None, unseen: object | None) -> None:
+    """Raise ValueError where two of `choose_goal`'s arguments say the same thing."""
+    if target_nll is not None and (before is not None or unseen is not None):
+        raise ValueError("target_nll and before/unseen both say how much to forget: give one")
 
 
 def _from_earlier_model(

@@ -244,12 +244,17 @@ class SeparationReport:
                 text = ", ".join(f"alpha {a}: {v:.4g}" for a, v in values.items())
                 lines.append(f"{label} perplexity  {text}")
         if self.target:
-            lines.append("target  " + ", ".join(f"{k}: {v}" for k, v in self.target.items()))
+            text = ", ".join(f"{key}: {_short(value)}" for key, value in self.target.items())
+            lines.append(f"target  {text}")
             lines.append(_VERDICTS[self.reached])
         lines += [f"{x.name}: {x.note}" for x in self.layers if x.note]
         lines += [f"not split: {text}" for text in _alike(self.skipped)]
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
+
+
+def _short(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _alike(skipped: Mapping[str, str]) -> list[str]:

@@ -24,7 +24,7 @@ from libortho.config import check_choice, to_dict
 from libortho.data.sampling import spread
 from libortho.data.tokens import Template, Tokens, holds_question
 from libortho.given import check_apart, check_outputs, checked_tokens, general_tokens
-from libortho.goal import Aiming, Earlier, choose_goal
+from libortho.goal import Aiming, Earlier, check_guides, choose_goal
 from libortho.ignorant import check_trainable, exchange_, ignorant_model
 from libortho.layer import OrthoLinear
 from libortho.linear import install, read_linear, select_linear
@@ -126,11 +126,10 @@ def separate_(
         nothing is claimed then.
 
     Raises:
-        ValueError: a set that is missing or empty, a text of the forget set that is in another set,
-            too, a target that matches nothing, NaN/Inf weights,
-            a layer that is split already, a token id outside the vocabulary, a budget too small for
-            one direction or entry, a sequence of which the model makes NaN or Inf (it and the first
-            such layer are named).
+        ValueError: a set that is missing or empty, a text that is in two sets, a target that
+            matches nothing, NaN/Inf weights, a layer that is split already, a token id outside the
+            vocabulary, a budget too small for one direction or entry, a sequence of which the model
+            makes NaN or Inf (it and the first such layer are named).
         TypeError: a target that is not linear, or items of an unknown form.
     """
     if config is None:
@@ -157,15 +156,15 @@ def separate_(
 
     if before is not None:
         check_outputs(model, before)
-    check_sets(config, forget, before is not None)
+    given = {"forget": forget, "retain": retain, "unseen": unseen}
+    check_sets(config, given, before)
     forget_items = [] if forget is None or len(forget) == 0 else tokens(forget, "forget")
     retain_items = tokens(retain, "retain")
     unseen_items = None if unseen is None else tokens(unseen, "unseen")
-    if forget is not None:
-        check_apart(forget, {"retain": retain, "unseen": unseen})
-    given = [items for items in (forget, retain, unseen) if items is not None]
+    check_apart(given)
     # Where nothing was asked, nothing was measured in any form.
-    template = config.template if any(map(holds_question, given)) else None
+    asked = any(holds_question(items) for items in given.values() if items is not None)
+    template = config.template if asked else None
     with _evaluating(model), nullcontext() if before is None else _evaluating(before):
         general: list[Tokens] = []
         if solver.general and config.general_text:
@@ -244,16 +243,21 @@ def needs_before(config: SeparationConfig) -> bool:
     return isinstance(config.method, GraftConfig)
 
 
-def check_sets(config: SeparationConfig, forget: Sequence[Any] | None, before: bool) -> None:
-    """Raise ValueError where `config`'s method needs what is not there.
+def check_sets(
+    config: SeparationConfig, sets: Mapping[str, Sequence[Any] | None], before: object | None
+) -> None:
+    """Raise ValueError where `config`'s method needs what is not there, or is told two levels.
 
     Args:
         config: of the split.
-        forget: the forget set, or None.
-        before: whether there is an earlier model.
+        sets: "forget", "retain" and "unseen" -> the set, or None.
+        before: the earlier model, or anything that stands for it, or None.
     """
     if needs_before(config):
-        check_trainable(before, config.earlier)
+        check_trainable(before is not None, config.earlier)
+    if isinstance(config.method, Aiming):
+        check_guides(config.method.target_nll, before, sets["unseen"])
+    forget = sets["forget"]
     given = forget is not None and len(forget) > 0
     if given or SOLVERS[type(config.method)].forget_optional:
         return

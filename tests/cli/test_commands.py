@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import libortho
 from libortho import separation_report
 from libortho.baselines.lora_null import LoraNullConfig
 from libortho.checkpoint import is_split, load_split, read_manifest
@@ -285,7 +286,7 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
             "does not divide the 32 input features of model.layers.0",
         ),
         (["--unseen", "missing.jsonl"], "no such file"),
-        (["--before", "./missing"], "missing"),
+        (["--before", "./missing"], "--before './missing' is not there: expected the folder of a"),
         (["--gather", "2"], "--gather is for --ray"),
         (["--method", "graft"], "before is missing: the graft method's base is made of"),
         (["--method", "curvature", "--before", "m"], "--before: method curvature does not look"),
@@ -296,6 +297,7 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
         (["--device-map", "cuda:99"], "--device-map 'cuda:99': there is no such device here"),
         (["--device-map", "many"], "--device-map 'many': expected auto, balanced"),
         (["--device-map", "auto", "--ray", "auto"], "--device-map with --ray: each worker loads"),
+        (["--ray", ""], "--ray '': expected the address of a cluster, such as 10.0.0.1:6379"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(folder: Path, more, told: str) -> None:
@@ -304,6 +306,29 @@ def test_bad_arguments_are_one_line_and_leave_nothing(folder: Path, more, told: 
     assert told in " ".join(made.output.split())
     assert "Traceback" not in made.output
     assert not (folder / "split").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--target-nll", "2", "--before", "model"], "target_nll and before/unseen both say how"),
+        (["--target-nll", "2", "--unseen", "other.jsonl"], "target_nll and before/unseen both"),
+        (["--unseen", "forget.jsonl"], "forget[0] is unseen[0], too: expected sets that share"),
+        (["--unseen", "retain.jsonl"], "retain[0] is unseen[0], too: expected sets that share"),
+    ],
+)
+def test_what_contradicts_itself_is_told_before_a_model_is_loaded(
+    folder: Path, monkeypatch, more: list[str], told: str
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("a long wait")
+
+    monkeypatch.setattr("libortho.cli.commands.separate.load_model", load)
+    monkeypatch.chdir(folder)
+    write_jsonl(folder / "other.jsonl", [("who is it ?", "a house")])
+    made = separate(folder, *more)
+    assert made.exit_code == 2, made.output
+    assert told in " ".join(made.output.split())
 
 
 def test_a_key_that_cannot_be_read_is_told_before_the_work(folder: Path, monkeypatch) -> None:
@@ -387,6 +412,83 @@ def test_every_command_explains_itself() -> None:
         assert "--seed" in shown.output
 
 
+def test_the_version() -> None:
+    shown = run("--version")
+    assert (shown.exit_code, shown.output) == (0, f"libortho {libortho.__version__}\n")
+
+
+def test_an_ordinary_model_is_no_split(folder: Path) -> None:
+    for command in (["eval", "--text", folder / "forget.jsonl"], ["inspect"], ["chat"], ["serve"]):
+        refused = run(command[0], folder / "model", *command[1:])
+        assert refused.exit_code == 2, refused.output
+        said = " ".join(refused.output.split())
+        assert f"{folder / 'model'} is a model, and no split of one: expected" in said
+        assert "`libortho separate`" in said
+
+
+A_MODEL = "expected the folder of a causal LM or its Hugging Face name"
+
+
+@pytest.mark.parametrize("name", ["./no-model", "a/b/c", "", "empty", "forget.jsonl"])
+@pytest.mark.parametrize("command", ["separate", "stream", "before", "tofu"])
+def test_a_place_without_a_model_is_named_at_once(
+    folder: Path, monkeypatch, command: str, name: str
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("a long wait")
+
+    monkeypatch.setattr("libortho.cli.commands.separate.load_model", load)
+    monkeypatch.chdir(folder)
+    (folder / "empty").mkdir()
+    sets = ["--forget", "forget.jsonl", "--retain", "retain.jsonl", "--out", "out"]
+    option, arguments = {
+        "separate": ("MODEL", ["separate", name, *sets]),
+        "stream": ("MODEL", ["separate", name, "--stream", "--method=spectral", "--out", "out"]),
+        "before": ("--before", ["separate", "model", *sets, "--before", name]),
+        "tofu": ("--model", ["tofu", "--model", name, "--out", "out"]),
+    }[command]
+    refused = run(*arguments)
+    assert refused.exit_code == 2, refused.output
+    said = " ".join(refused.output.split())
+    why = "holds no config.json" if Path(name).name in ("empty", "forget.jsonl") else "is not there"
+    # nothing of the hub, which would be waited for
+    assert said.endswith(f"{option} {name!r} {why}: {A_MODEL}")
+    assert not (folder / "out").exists()
+
+
+def test_a_name_that_the_hub_does_not_know_is_named(folder: Path, monkeypatch) -> None:
+    def ask(*_: object) -> None:
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", ask)
+    refused = run(
+        "separate", "no/such", "--forget", folder / "forget.jsonl",
+        "--retain", folder / "retain.jsonl", "--out", folder / "split",
+    )  # fmt: skip
+    assert refused.exit_code == 2, refused.output
+    told = f"MODEL 'no/such' is not there: {A_MODEL} (the hub: We couldn't connect to the hub)"
+    assert refused.output.strip().endswith(told)
+
+
+def test_a_text_is_read_before_the_model(folder: Path, monkeypatch) -> None:
+    assert separate(folder).exit_code in (0, 3)
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a long wait")
+
+    monkeypatch.setattr("libortho.cli.commands.evaluate.load_split", load)
+    (folder / "bad.jsonl").write_text("{")
+    (folder / "bad.txt").write_bytes(b"\xff")
+    for name, told in (
+        ("none.jsonl", "no such file"), ("bad.jsonl", "line 1"), ("bad.txt", "not text in UTF-8")
+    ):  # fmt: skip
+        refused = run("eval", folder / "split", "--text", folder / name)
+        assert refused.exit_code == 2, refused.output
+        assert told in refused.output
+    refused = run("eval", "no-such-split", "--text", folder / "forget.jsonl")
+    assert "no-such-split does not exist: expected the folder of a split" in refused.output
+
+
 def test_names_in_brackets_are_printed_as_they_are(folder: Path) -> None:
     """What rich would take for markup, in a path longer than a line."""
     place = folder / "a [bold] place" / ("long" * 30)
@@ -442,6 +544,7 @@ def test_the_null_split_is_of_the_same_layers_within_the_same_budget(monkeypatch
         raise ValueError("enough")
 
     monkeypatch.setattr("libortho.cli.commands.tofu.run_tofu", noted)
+    (tmp_path / "config.json").write_text("{}")
     made = run(
         "tofu", "--model", tmp_path, "--methods", "geometric,lora-null", "--target", "up_proj",
         "--target", "down_proj", "--ortho-ratio", 0.02, "--base", "int4", "--out", tmp_path / "run",

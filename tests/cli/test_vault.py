@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from libortho.checkpoint import OrthoKey, keys, save_split
+from libortho.checkpoint import OrthoKey, encrypt_split, keys, save_split
 from libortho.cli import app
 
 pytest.importorskip("cryptography")
@@ -68,7 +68,36 @@ def test_encrypt_rotate_and_use(tiny_llama, large_ortho, tmp_path: Path, monkeyp
     status, text = run("--ortho-key-file", two, "strip", folder, "--out", tmp_path / "base")
     assert status == 0, text
     assert not list((tmp_path / "base").glob("ortho*"))
-    status, text = run("--ortho-key-file", tmp_path / "none", "inspect", folder)
+    monkeypatch.setenv(keys.FILE_VARIABLE, str(tmp_path / "none"))
+    status, text = run("inspect", folder)
     assert status == 2
-    assert "No such file" in text
+    assert f"{keys.FILE_VARIABLE}: {tmp_path / 'none'}: no such file" in text
     assert KEY.secret.hex() not in text
+
+
+@pytest.mark.parametrize(
+    ("option", "arguments"),
+    [
+        ("--ortho-key-file", ["--ortho-key-file", "KEY", "inspect", "split"]),
+        ("--key-file", ["encrypt", "split", "--key-file", "KEY"]),
+        ("--new", ["rotate-key", "split", "--new", "KEY"]),
+        ("--old", ["rotate-key", "split", "--new", "good", "--old", "KEY"]),
+        ("--policy", ["serve", "split", "--policy", "KEY"]),
+    ],
+)
+def test_a_missing_file_is_named_with_its_option(
+    option: str, arguments: list[str], tiny_llama, large_ortho, tmp_path: Path, monkeypatch
+) -> None:
+    import libortho
+
+    monkeypatch.chdir(tmp_path)
+    model = libortho.replace_linear_layers(tiny_llama())
+    large_ortho(model)
+    save_split(model, "split")
+    encrypt_split("split", KEY)
+    (tmp_path / "good").write_text(KEY.secret.hex())
+    (tmp_path / "folder").mkdir()
+    for name, why in (("none", ": no such file"), ("folder", " is a folder: expected a file")):
+        status, text = run(*(name if word == "KEY" else word for word in arguments))
+        assert status == 2
+        assert f"{option}: {name}{why}" in text

@@ -232,16 +232,18 @@ def test_the_tutorial_does_what_it_says(
 ) -> None:
     pytest.importorskip("fastapi")
     pytest.importorskip("openai")
+    from transformers import AutoTokenizer
+
     from libortho.checkpoint import load_split
-    from libortho.evaluation.text import evaluate_text
+    from libortho.evaluation.text import evaluate_text, read_text
 
     follow("docs/tutorial.md")
     split = Path("split")
-    model = load_split(split)
+    model, tokenizer = load_split(split), AutoTokenizer.from_pretrained(split)
 
     def probability(text: str) -> dict[str, float]:
-        alphas = [0.0, 1.0]
-        found = evaluate_text(model, split, Path(text), alphas, "chat", lambda *_: None)
+        items = read_text(Path(text), tokenizer, "chat")
+        found = evaluate_text(model, items, [0.0, 1.0], lambda *_: None)
         return dict(found["probability"])
 
     forget, keep, unseen = (probability(f"{n}.jsonl") for n in ("forget", "keep", "unseen"))

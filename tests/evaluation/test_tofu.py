@@ -309,6 +309,7 @@ def test_seconds_that_are_not_known_are_not_zero(job: TofuJob, tmp_path: Path, m
         ({"methods": {}}, "methods is empty"),
         ({"methods": {"npo": baseline("npo")}}, "first method is npo"),
         ({"seeds": ()}, "seeds is empty"),
+        ({"seeds": (1, 0, 1)}, r"seeds=\(1, 0, 1\): expected each value once"),
         *(
             ({"methods": {"geometric": SeparationConfig(), name: baseline("npo")}}, "as files")
             for name in ("reference", "alpha 0")

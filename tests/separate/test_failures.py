@@ -256,3 +256,21 @@ def test_a_text_that_is_to_go_and_to_stay_is_refused(
             model, forget, sets["retain"], settings, unseen=sets["unseen"], tokenizer=tokenizer
         )
     assert_unchanged(before, snapshot(model))
+
+
+def test_what_stays_says_nothing_of_text_that_was_never_seen(
+    tiny_llama, tokenizer, snapshot, config, assert_unchanged
+) -> None:
+    model = tiny_llama()
+    before = snapshot(model)
+    retain, unseen = ["it is in the garden", "she is red"], ["he is red", "it is in the garden"]
+    with pytest.raises(ValueError, match=r"^retain\[0\] is unseen\[1\], too: expected sets that"):
+        separate_(
+            model,
+            ["it is red"],
+            retain,
+            config(target_nll=None),
+            unseen=unseen,
+            tokenizer=tokenizer,
+        )
+    assert_unchanged(before, snapshot(model))

@@ -27,6 +27,9 @@ def test_report(memorised, config, split_names) -> None:
     assert all(re.sub(r"\d+", "*", name) in text for name in report.skipped)
     assert "not split: model.layers.*.self_attn.q_proj (Linear, not targeted; 2 of them)" in text
     assert "not split: lm_head (" in text
+    (target,) = (line for line in text.splitlines() if line.startswith("target "))
+    assert f"reached_probability: {report.target['reached_probability']:.4g}" in target
+    assert not re.search(r"\d\.\d{7}", target)
     assert {"lm_head", "model.layers.0.self_attn.q_proj"} <= set(report.skipped)
     assert set(report.skipped).isdisjoint(layers)
     assert report.skipped["model.embed_tokens.weight"].endswith("of Embedding, no linear layer")

@@ -179,18 +179,23 @@ def test_keys_new_makes_a_policy_that_knows_the_key(tmp_path: Path) -> None:
     principal = read_policy(path).principal(secret)
     assert principal is not None
     assert (principal.id, principal.max_alpha, principal.requests_per_minute) == ("clinic", 0.5, 7)
-    more = new("--id", "ward", "--expires", "2030-01-01T00:00:00Z", "--policy", str(path))
+    more = new("--id", "ward", "--expires", "2999-01-01T01:00:00+01:00", "--policy", str(path))
     assert more.exit_code == 0, more.output
     assert [rule.id for rule in read_policy(path).keys] == ["clinic", "ward"]
+    assert read_policy(path).keys[1].expires == datetime(2999, 1, 1, tzinfo=UTC)
     before = path.read_text()
-    for wrong in (
-        ("--id", "clinic"),
-        ("--id", "b", "--max-alpha", "2"),
-        ("--id", "b", "--expires", "tomorrow"),
-        ("--id", "b c"),
+    for wrong, told in (
+        (("--id", "clinic"), "'clinic' is there twice"),
+        (("--id", "b", "--max-alpha", "2"), "max_alpha=2.0: expected"),
+        (("--id", "b", "--expires", "tomorrow"), "expires='tomorrow': expected a time and its"),
+        (("--id", "b", "--expires", "2999-01-01"), "expires='2999-01-01': expected a time and its"),
+        (("--id", "b", "--expires", "2999-01-01T00:00:00"), "its zone, such as 2030-01-01T00:00:"),
+        (("--id", "b", "--expires", "2020-01-01T00:00:00Z"), "expires='2020-01-01T00:00:00Z' is"),
+        (("--id", "b c"), "key id 'b c': expected"),
     ):
         refused = new(*wrong, "--policy", str(path))
         assert refused.exit_code == 2, refused.output
+        assert told in refused.output
         assert "Traceback" not in refused.output
     assert path.read_text() == before
     shown = new("--id", "shown")

@@ -104,7 +104,11 @@ class OrthoKey:
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are set: expected one of them")
         if FILE_VARIABLE in given:
-            return cls.from_file(given[FILE_VARIABLE])
+            try:
+                return cls.from_file(given[FILE_VARIABLE])
+            except FileNotFoundError:
+                path = given[FILE_VARIABLE]
+                raise FileNotFoundError(f"{FILE_VARIABLE}: {path}: no such file") from None
         if KEY_VARIABLE in given:
             return cls._parse(given[KEY_VARIABLE].encode(), KEY_VARIABLE)
         return cls.from_command(given[COMMAND_VARIABLE]) if given else None

@@ -157,9 +157,16 @@ def read_manifest(folder: PathLike) -> Manifest:
             f"{folder / OUTDATED}: a format from before the first release, which is read no more; "
             "make the split again"
         )
+    with blame(path):
+        plain = read_object(path).get(SECTION)
+    if not is_split(folder):
+        raise CheckpointError(
+            f"{folder} is a model, and no split of one: expected a folder that `libortho separate` "
+            f"wrote ({CONFIG} does not name {QUANT_METHOD!r} as its quant_method)"
+        )
     base_files(folder)
     with blame(path):
-        return parse_manifest(read_object(path).get(SECTION))
+        return parse_manifest(plain)
 
 
 def parse_manifest(plain: Any) -> Manifest:

@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
+from libortho._version import __version__
 from libortho.cli.attack import attack
-from libortho.cli.console import reporting_errors
+from libortho.cli.console import reporting_errors, say
 from libortho.cli.export import export
 from libortho.cli.options import (
     Base,
@@ -33,7 +34,7 @@ from libortho.cli.options import (
 from libortho.cli.serve import keys, serve, ui
 from libortho.cli.strip import strip
 from libortho.cli.tofu import tofu
-from libortho.cli.vault import encrypt, rotate_key, use_key_file
+from libortho.cli.vault import OrthoKeyFile, encrypt, rotate_key, use_key_file
 from libortho.separate import SeparationConfig
 
 app = typer.Typer(
@@ -45,7 +46,28 @@ app = typer.Typer(
 )
 
 
-app.callback()(use_key_file)
+def _say_version(asked: bool) -> None:
+    if asked:
+        say(f"libortho {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def before_any_command(
+    context: typer.Context,
+    ortho_key_file: OrthoKeyFile = None,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_say_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Split a language model's memory from its ability, and switch the memory per request."""
+    if ortho_key_file is not None:
+        use_key_file(context, ortho_key_file)
+
+
 app.command()(tofu)
 app.command()(strip)
 app.command()(encrypt)
@@ -139,6 +161,10 @@ def separate(
             earlier=check_earlier(earlier),
             template=check_template(template),
         )
+        if ray == "":
+            raise ValueError(
+                "--ray '': expected the address of a cluster, such as 10.0.0.1:6379, or auto"
+            )
         if stream:
             unread = {
                 "--forget": forget,

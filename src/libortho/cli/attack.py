@@ -15,7 +15,7 @@ from libortho.cli.console import (
     say,
     write_json,
 )
-from libortho.cli.options import Json, Seed, SplitTemplate, split_template
+from libortho.cli.options import Json, Seed, SplitTemplate, check_model, split_template
 
 
 def attack(
@@ -85,8 +85,12 @@ def attack(
             say(f"{folder} has no ortho stream: alpha 1 is not attacked")
         elif original:
             sources[ORIGINAL] = Source(str(folder), alpha=1.0)
-        for name, place in _beside(beside or [], set(sources)).items():
-            sources[name] = Source(place)
+        others = _beside(beside or [], set(sources))
+        sources |= {name: Source(place) for name, place in others.items()}
+        given = [("--reference", reference), ("--pretrained", pretrained)]
+        for option, place in (*given, *(("--beside", place) for place in others.values())):
+            if place is not None:
+                check_model(option, place)
         data = AttackData(
             tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
             forget=tuple(read_jsonl(forget)),

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from libortho.checkpoint.names import CONFIG
 from libortho.checkpoint.reports import read_template
 from libortho.config import BaseConfig
+from libortho.data.examples import check_file
 from libortho.data.tokens import Template
 from libortho.files import check_makeable
 from libortho.goal import Earlier
@@ -119,6 +121,36 @@ def check_template(name: str) -> Template:
     if name not in ("plain", "chat"):
         raise ValueError(f"--template {name!r}: expected plain or chat")
     return name  # type: ignore[return-value]
+
+
+def check_readable(option: str, path: Path) -> Path:
+    """The path, if there is something to read; else FileNotFoundError, which names the option."""
+    try:
+        return check_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{option}: {error}") from None
+
+
+def check_model(option: str, name: str) -> None:
+    """Before any work, raise ValueError where `load_model` would find no model of this name.
+
+    The hub, which is waited for while it cannot be reached, is asked for the config alone.
+    """
+    from transformers.utils.hub import cached_file
+
+    expected = "expected the folder of a causal LM or its Hugging Face name"
+    place = Path(name)
+    if name and place.exists():
+        if not any((place / file).is_file() for file in (CONFIG, "adapter_config.json")):
+            raise ValueError(f"{option} {name!r} holds no {CONFIG}: {expected}")
+        return
+    try:
+        cached_file(name, CONFIG)
+    except OSError as error:
+        # A path is no name that could be at the hub, which is not asked then.
+        asked = not isinstance(error.__cause__, ValueError)
+        said = f" (the hub: {' '.join(str(error).split())})" if asked else ""
+        raise ValueError(f"{option} {name!r} is not there: {expected}{said}") from None
 
 
 def split_template(name: str | None, folder: Path, unknown: Template) -> Template:

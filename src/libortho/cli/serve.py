@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from libortho.cli.console import reporting_errors, say
-from libortho.cli.options import SplitTemplate, split_template
+from libortho.cli.options import SplitTemplate, check_readable, split_template
 
 if TYPE_CHECKING:
     from libortho.serve.engine import Engine
@@ -101,7 +101,7 @@ def serve(
         from libortho.serve.policy import Policy, read_policy
 
         limits = Limits(queue=queue, rows=rows, max_tokens=max_tokens, request_seconds=timeout)
-        followed = Policy() if policy is None else read_policy(policy)
+        followed = Policy() if policy is None else read_policy(check_readable("--policy", policy))
         if engine not in ("transformers", "vllm"):
             raise ValueError(f"--engine {engine!r}: expected transformers or vllm")
         if engine == "transformers" and (upstream or base or adapter or export or vllm_options):

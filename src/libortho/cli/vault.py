@@ -8,28 +8,29 @@ from typing import Annotated
 import typer
 
 from libortho.cli.console import reporting_errors, say
+from libortho.cli.options import check_readable
 
 Folder = Annotated[Path, typer.Argument(help="A split checkpoint.")]
 
 
-def use_key_file(
-    context: typer.Context,
-    ortho_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="Key of encrypted ortho streams, for reading and writing: a file of 64 "
-            "hexadecimal digits (openssl rand -hex 32). Stands before the command. Or set "
-            "LIBORTHO_ORTHO_KEY_FILE, LIBORTHO_ORTHO_KEY (the digits) or "
-            "LIBORTHO_ORTHO_KEY_COMMAND (prints them)."
-        ),
-    ] = None,
-) -> None:
-    """Split a language model's memory from its ability, and switch the memory per request."""
-    if ortho_key_file is not None:
-        from libortho.checkpoint.keys import OrthoKey, ortho_access
+OrthoKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Key of encrypted ortho streams, for reading and writing: a file of 64 "
+        "hexadecimal digits (openssl rand -hex 32). Stands before the command. Or set "
+        "LIBORTHO_ORTHO_KEY_FILE, LIBORTHO_ORTHO_KEY (the digits) or "
+        "LIBORTHO_ORTHO_KEY_COMMAND (prints them).",
+    ),
+]
 
-        # Read when it is needed, so that an error of it is reported as any other.
-        context.with_resource(ortho_access(lambda: OrthoKey.from_file(ortho_key_file)))
+
+def use_key_file(context: typer.Context, path: Path) -> None:
+    """Have the key of a file in use until the command ends."""
+    from libortho.checkpoint.keys import OrthoKey, ortho_access
+
+    # Read when it is needed, so that an error of it is reported as any other.
+    find = lambda: OrthoKey.from_file(check_readable("--ortho-key-file", path))  # noqa: E731
+    context.with_resource(ortho_access(find))
 
 
 def encrypt(
@@ -46,7 +47,7 @@ def encrypt(
         from libortho.checkpoint import OrthoKey, encrypt_split
         from libortho.checkpoint.names import ORTHO, ORTHO_SEALED
 
-        key = OrthoKey.from_file(key_file)
+        key = OrthoKey.from_file(check_readable("--key-file", key_file))
         encrypt_split(folder, key)
         say(
             f"encrypted {folder / ORTHO_SEALED} with the key {key.id}\n"
@@ -71,6 +72,7 @@ def rotate_key(
         from libortho.checkpoint import OrthoKey
         from libortho.checkpoint import rotate_key as rotate
 
-        key = OrthoKey.from_file(new)
-        rotate(folder, key, old=None if old is None else OrthoKey.from_file(old))
+        key = OrthoKey.from_file(check_readable("--new", new))
+        opens = None if old is None else OrthoKey.from_file(check_readable("--old", old))
+        rotate(folder, key, old=opens)
         say(f"{folder} opens with the key {key.id} now")

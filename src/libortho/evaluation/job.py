@@ -73,6 +73,8 @@ class TofuJob:
             taken.add(file)
         if not self.seeds:
             raise ValueError("seeds is empty: expected at least one")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={self.seeds!r}: expected each value once")
 
     @property
     def main(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from libortho.alpha import alpha_scope, check_alpha
 from libortho.data.examples import read_jsonl, read_words
@@ -34,7 +34,11 @@ def parse_alphas(text: str) -> list[float]:
 
 
 def read_text(path: Path, tokenizer: Any, template: Template) -> list[Tokens]:
-    """The sequences of a JSONL file, or of a plain text file (any other suffix) in windows."""
+    """The sequences of a JSONL file, or of a plain text file (any other suffix) in windows.
+
+    Raises:
+        DataError, FileNotFoundError: as `read_jsonl` and `read_words`, or as `text_windows`.
+    """
     if path.suffix.lower() in (".jsonl", ".json"):
         return [encode(example, tokenizer, template) for example in read_jsonl(path)]
     text = read_words(path)
@@ -60,23 +64,19 @@ def text_windows(text: str, tokenizer: Any) -> list[Tokens]:
 
 def evaluate_text(
     model: PreTrainedModel,
-    folder: Path,
-    text: Path,
+    items: Sequence[Tokens],
     alphas: Sequence[float],
-    template: Template,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """{"perplexity": {alpha: value}, "probability": {alpha: value}, "tokens": n, ...}.
+    """{"perplexity": {alpha: value}, "probability": {alpha: value}, "tokens": n, "sequences": n}.
+
+    Args:
+        items: as of `read_text`.
 
     Raises:
         OrthoStreamMissing: an alpha above 0 of a base-only checkpoint.
-        DataError, FileNotFoundError: of the text.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    items = read_text(text, tokenizer, template)
     result: dict[str, Any] = {
-        "checkpoint": str(folder),
-        "text": str(text),
         "sequences": len(items),
         "tokens": sum(item.targets for item in items),
         "perplexity": {},

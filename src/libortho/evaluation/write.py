@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,18 @@ SPEAKERS = {
 
 
 def run_folder(out: Path | None) -> Path:
-    """The folder for a job's results: `out`, or runs/<local time>."""
-    return out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    """The folder for a job's results: `out`, or runs/<local time>, which is made and is new."""
+    if out is not None:
+        return out
+    started = time.strftime("%Y-%m-%d-%H%M%S")
+    for number in count(1):
+        folder = Path("runs") / (started if number == 1 else f"{started}-{number}")
+        try:
+            folder.mkdir(parents=True)  # only one of the runs that begin in this second can
+            break
+        except FileExistsError:
+            continue
+    return folder
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> None:

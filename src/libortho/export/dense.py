@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from libortho.alpha import ortho_layers
+from libortho.alpha import check_alpha, ortho_layers
 from libortho.config import FactorDtype, check_fraction
 from libortho.export.plain import check_dtype, plain_model, save_plain
 from libortho.export.registry import ExportReport, register
@@ -39,8 +39,10 @@ def write_dense(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> ExportReport:
     """Write the model files straight into `folder`."""
+    for name, layer in ortho_layers(model).items():
+        layer.require_ortho(check_alpha(config.alpha), name)
     plain, error = plain_model(
-        model, lambda name, layer: layer.effective_weight(config.alpha), config.dtype
+        model, lambda _, layer: layer.effective_weight(config.alpha), config.dtype
     )
     save_plain(plain, folder, tokenizer, private=config.alpha > 0)
     held = "" if config.alpha == 0 else f": the memory is in these files, at alpha {config.alpha:g}"

@@ -14,6 +14,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 PREFIX = "lo-"
 LONGEST = 256
@@ -81,7 +82,7 @@ def toml_entry(
     """The `[[keys]]` block of a policy file for a new key.
 
     Raises:
-        ValueError: a bad id, alpha or rate.
+        ValueError: a bad id, alpha or rate; or `expires` is no time with its zone, or is past.
     """
     check_id(name)
     if not 0.0 <= max_alpha <= 1.0:
@@ -96,5 +97,19 @@ def toml_entry(
         f"requests_per_minute = {requests_per_minute}",
     ]
     if expires is not None:
-        lines.append(f"expires = {expires}")
+        lines.append(f"expires = {_later(expires).isoformat()}")
     return "\n".join(lines) + "\n"
+
+
+def _later(expires: str) -> datetime:
+    try:
+        found = datetime.fromisoformat(expires)
+    except ValueError:
+        found = None
+    if found is None or found.tzinfo is None:
+        raise ValueError(
+            f"expires={expires!r}: expected a time and its zone, such as 2030-01-01T00:00:00Z"
+        )
+    if found <= datetime.now(UTC):
+        raise ValueError(f"expires={expires!r} is past: expected a time when the key is to end")
+    return found

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
-from libortho.checkpoint import load_split
+from libortho.checkpoint import load_split, read_manifest
 from libortho.cli.console import console, progress_bars, write_json
 from libortho.data.tokens import Template
 from libortho.devices import check_device_here
 from libortho.evaluation.show import print_evaluation
-from libortho.evaluation.text import evaluate_text, parse_alphas
+from libortho.evaluation.text import evaluate_text, parse_alphas, read_text
 
 
 def run_evaluate(
@@ -29,8 +30,12 @@ def run_evaluate(
     alphas = parse_alphas(alpha)
     if device_map is not None:
         check_device_here(device_map)
+    read_manifest(folder)  # else the hub would be asked for a tokenizer of that name
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    items = read_text(text, tokenizer, template)
     model = load_split(folder, base_only=not any(alphas), device_map=device_map)
     with progress_bars() as progress:
-        result = evaluate_text(model, folder, text, alphas, template, progress)
+        measured = evaluate_text(model, items, alphas, progress)
+    result = {"checkpoint": str(folder), "text": str(text), **measured}
     write_json(json_file, result)
     print_evaluation(result, console)

@@ -11,10 +11,12 @@ from transformers import AutoTokenizer
 from libortho.checkpoint import check_writable, save_split
 from libortho.checkpoint.keys import current_access
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, progress_bars, say, write_json
+from libortho.cli.options import check_model
 from libortho.data.examples import read_jsonl
 from libortho.data.tokens import holds_question
 from libortho.devices import check_device_here, offloaded
 from libortho.evaluation.finetuned import load_model
+from libortho.given import check_apart
 from libortho.goal import Aiming
 from libortho.methods import method_of
 from libortho.report import SeparationReport
@@ -37,6 +39,7 @@ def run_streamed(
     """Split a model layer by layer, from disk to disk, and say what it came to."""
     check_streamed(config)
     check_writable(out)
+    check_model("MODEL", model)
     with progress_bars() as progress, _cluster(ray, model) as workers:
         report = separate_streamed(
             model,
@@ -84,11 +87,16 @@ def run_separate(
     check_writable(out)
     current_access().find_key()
     forget_set = None if forget is None else read_jsonl(forget)
-    check_sets(config, forget_set, before is not None)
     retain_set = read_jsonl(retain)
     unseen_set = None if unseen is None else read_jsonl(unseen)
+    sets = {"forget": forget_set, "retain": retain_set, "unseen": unseen_set}
+    check_sets(config, sets, before)
+    check_apart(sets)
+    check_model("MODEL", model)
+    if before is not None:
+        check_model("--before", before)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    asked = any(holds_question(items) for items in (forget_set, retain_set, unseen_set) if items)
+    asked = any(holds_question(items) for items in sets.values() if items)
     # Said before the work, which may take hours.
     if asked and config.template == "plain" and tokenizer.chat_template:
         say(_ASKED_PLAIN)

@@ -13,7 +13,7 @@ from libortho.baselines.lora_null import LoraNullConfig
 from libortho.baselines.registry import BASELINES, Baseline, baseline
 from libortho.baselines.tune import TuneConfig
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, say, write_json
-from libortho.cli.options import method_config
+from libortho.cli.options import check_model, method_config
 from libortho.config import BaseConfig, Storage
 from libortho.data.embedded import embedded_model_path
 from libortho.data.examples import read_words
@@ -59,6 +59,8 @@ def run_job(
     kind = suite or ("full" if thorough else "quick")
     if kind not in ("quick", "full"):
         raise ValueError(f"--suite {suite!r}: expected quick or full")
+    if model is not None:
+        check_model("--model", model)
     job = TofuJob(
         model=model or str(embedded_model_path()),
         task=task,
