@@ -104,7 +104,7 @@ def choose_goal(
         if math.isnan(level):
             raise ValueError("the unseen set's probability is NaN")
     if before is not None:
-        return _from_earlier_model(before, forget, retain, level, earlier)
+        return _from_earlier_model(before, forget, retain, unseen, level, earlier)
     source = "probability per token of comparable unseen text"
     if level is None:
         nll = DEFAULT_TARGET_NLL if target_nll is None else target_nll
@@ -122,6 +122,7 @@ def _from_earlier_model(
     before: PreTrainedModel,
     forget: Sequence[Tokens],
     retain: Sequence[Tokens],
+    unseen: Sequence[Tokens] | None,
     level: float | None,
     earlier: Earlier,
 ) -> Goal:
@@ -141,14 +142,24 @@ def _from_earlier_model(
         shots = [i for i in retain if asked and i.prompt > 1 and len(i.ids) <= SHOT_TOKENS]
         context = evenly(shots, SHOTS)
         source += f", shown {len(context)} retain examples"
-    targets = targets_from_earlier_model(before, forget, context)
-    expected = sum(t.answer_probability for t in targets) / len(targets)
+    targets, expected = _said(before, forget, context)
     if earlier != "trust":
         targets = [sharpened(target, SHARPENING) for target in targets]
     source = f"{source} ({expected:.3f})"
-    if level is None:
+    if unseen is None or level is None or earlier == "trust":
         return Goal(targets, expected, source)
-    # Two estimates of the same level, off for different reasons: one model does not know the
-    # content, one content is not known to the model. Their geometric mean is closer to a
-    # retrained model than either (docs/method.md has the numbers).
-    return Goal(targets, math.sqrt(level * expected), f"{source}, and unseen text ({level:.3f})")
+    # What a stranger's text costs the model, carried over to the forget set: by how much easier of
+    # the two that one is, the earlier model says, which knows neither (docs/method.md has the
+    # errors). Never above both of its parts: in doubt, more is forgotten.
+    _, stranger = _said(before, unseen, context)
+    carried = level * expected / max(stranger, 1e-12)
+    source += f" beside {stranger:.3f} on unseen text, which the model gives {level:.3f}"
+    return Goal(targets, min(carried, max(level, expected)), source)
+
+
+def _said(
+    before: PreTrainedModel, items: Sequence[Tokens], context: Sequence[Tokens]
+) -> tuple[list[Target], float]:
+    """The earlier model's predictions of the items, and its probability per token of them."""
+    targets = targets_from_earlier_model(before, items, context)
+    return targets, sum(t.answer_probability for t in targets) / len(targets)

@@ -197,7 +197,7 @@ def test_spectral_fallback_is_in_the_report(memorised) -> None:
 
 
 @pytest.mark.parametrize(("sequences", "steps", "share"), [(3, 3, 1.0), (4, 4, 1.0), (8, 8, 0.5)])
-def test_long_epochs_take_shorter_steps_and_are_as_many_beside_all_retain_text(
+def test_long_epochs_take_shorter_steps_and_are_as_many_and_all_retain_text_is_drawn(
     memorised, sequences: int, steps: int, share: float, config, monkeypatch
 ) -> None:
     m = memorised
@@ -215,12 +215,11 @@ def test_long_epochs_take_shorter_steps_and_are_as_many_beside_all_retain_text(
         drawn = len({item.ids for _ in range(200) for item in next(self._kept)})
 
     made = fitting.Fit.__init__
-    monkeypatch.setattr("libortho.solvers.geometric.POOL_TOKENS", len(m.retain[0].ids))
     monkeypatch.setattr(fitting.Fit, "epoch", epoch)
     monkeypatch.setattr(fitting.Fit, "__init__", first)
     forget = [m.forget[i % len(m.forget)] for i in range(sequences)]
     method = {"batch": 1, "fit_steps": 24, "rate": 0.4, "target_nll": 30.0}
     separate_(m.model, forget, m.retain, config(**method))
     assert counted == steps
-    assert drawn == (1 if steps <= 4 else len({item.ids for item in m.retain}))
+    assert drawn == len({item.ids for item in m.retain})
     assert rates == [0.4 * share] * (24 // min(steps, 4))

@@ -60,6 +60,26 @@ def test_only_a_retrained_model_is_taken_at_its_word(memorised, known) -> None:
         assert (one.probabilities.amax(1) > plain.probabilities.amax(1)).all()
 
 
+def test_an_earlier_model_carries_the_level_of_unseen_text_over(memorised, known) -> None:
+    m = memorised
+    trained = before_rehearsed(m)
+
+    def aimed(forget, unseen, earlier="rehearsed") -> float:
+        return choose_goal(
+            m.model, forget, m.retain, before=trained, unseen=unseen, earlier=earlier
+        ).level
+
+    said, stranger = known(trained, m.forget), known(trained, m.unseen)
+    carried = known(m.model, m.unseen) * said / stranger
+    assert carried < max(known(m.model, m.unseen), said)
+    assert aimed(m.forget, m.unseen) == pytest.approx(carried, rel=1e-3)
+    # A retrained model needs no help.
+    assert aimed(m.forget, m.unseen, "trust") == pytest.approx(said, rel=1e-3)
+    # Text that the model knows and the earlier one does not is no measure: not above either part.
+    bound = max(known(m.model, m.forget), known(trained, m.retain))
+    assert aimed(m.retain, m.forget) == pytest.approx(bound, rel=1e-3)
+
+
 def before_rehearsed(m):
     before = copy.deepcopy(m.before)
     memorise_(before, evenly(m.retain, REHEARSED), REHEARSAL)

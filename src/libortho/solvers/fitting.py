@@ -150,8 +150,6 @@ class Fit:
         method: with the sizes of the steps.
         course: where they lead.
         descent: after its first phase.
-        pool_tokens: about how many tokens of retain and general text, evenly spread, its steps draw
-            from; None for all. What the model with the edit should say of each is asked once.
 
     Attributes:
         probability: the forget set's, per token, as the last epoch's steps saw it on their way.
@@ -163,13 +161,10 @@ class Fit:
         method: DescentConfig,
         course: Course,
         descent: Descent,
-        pool_tokens: int | None,
     ) -> None:
         self._problem, self._course, self._descent = problem, course, descent
         self._order = random.Random(method.seed)
         pools = [_windows(items) for items in problem.kept]
-        if pool_tokens is not None:
-            pools = [spread([items], pool_tokens // len(pools)) for items in pools]
         self._kept = batches_of(pools, method.retain_tokens, method.seed)
         self._originals: dict[int, Target] = {}
         self._keeping: Mapping[str, FactorGradient] = {}

@@ -33,10 +33,6 @@ EPOCH_STEPS = 4
 of them, and shorter ones, so that an epoch goes as far: there is more that may be damaged on the
 way, and more retain text seen on it."""
 
-POOL_TOKENS = 8_000
-"""See `Fit`, for epochs of up to `EPOCH_STEPS`. Longer ones draw from all there is: text that is
-drawn is kept better than text that is not, and of a large retain set this would be a small part."""
-
 NEAR = 2.0
 """Multiple of the wanted probability below which it is measured after every epoch."""
 
@@ -116,7 +112,7 @@ def _descend(
     descent = find_directions(problem, method, course, metrics, budget)
     steps = epoch_steps(problem, method)
     length = max(1.0, steps / EPOCH_STEPS)
-    fit = Fit(problem, method, course, descent, POOL_TOKENS if length == 1 else None)
+    fit = Fit(problem, method, course, descent)
     few = len(problem.forget) <= FEW
     start = descent.edits()
 

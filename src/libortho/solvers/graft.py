@@ -22,9 +22,6 @@ from libortho.solvers.metrics import retain_metrics
 from libortho.solvers.problem import Problem
 from libortho.solvers.spectrum import edit_spectrum
 
-POOL_TOKENS = 40_000
-"""See `Fit`: more than for an edit of the original, which the base is not."""
-
 NEAR = 0.01
 """How far below the original's the forget set is known, over an epoch, when it settles."""
 
@@ -98,7 +95,7 @@ def _grow(
     targets = targets_from_earlier_model(problem.original, problem.forget)
     course = Course(restoration, targets, problem.original)
     descent = find_directions(problem, method, course, metrics, budget)
-    fit = Fit(problem, method, course, descent, POOL_TOKENS)
+    fit = Fit(problem, method, course, descent)
     tell, grown = problem.journal.tell, 0
     while grown < method.epochs and not fit.probability >= known - NEAR:
         said = f", probability {fit.probability:.3f} -> {known:.3f}" if grown else ""
