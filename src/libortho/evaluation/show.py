@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -45,10 +46,16 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         console.print(f"[bold red]warning[/]  {escape(warning)}")
     if summary["examples"]:
         example = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for who, text in summary["examples"][0].items():
+        for who, text in _telling(summary["examples"]).items():
             example.add_row(f"[dim]{who}[/]", escape(text))
         console.print()
         console.print(example)
+
+
+def _telling(examples: Sequence[dict[str, str]]) -> dict[str, str]:
+    """The first that the full model recites, which is what can be forgotten; else the first."""
+    recited = (e for e in examples if e.get("full", "").strip() == e["truth"].strip())
+    return next(recited, examples[0])
 
 
 def print_evaluation(result: dict[str, Any], console: Console) -> None:
