@@ -22,7 +22,7 @@ UV     := --quiet --no-deps --generate-hashes --python-version 3.11 --no-header 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install native dev demo test lint types pytest docs experiment bench bench-quick bench-svd bench-quantisation \
+.PHONY: help install native dev demo test lint types pytest docs experiment bench bench-quick bench-svd bench-quantisation bench-levels \
         bench-checkpoint bench-split bench-streaming bench-scaling bench-serving crosstalk schemathesis attack test-vllm \
         fuzz soak audit sbom licences lock clean
 
@@ -105,6 +105,9 @@ bench-svd: dev ## the truncated SVD beside torch.linalg.svd
 
 bench-quantisation: dev ## what each way of storing the base costs (TEXT=a plain text file)
 	$(BIN)/python benchmarks/quantisation.py --text $(TEXT)
+
+bench-levels: dev ## what each estimate of the level to forget to errs by (DATA=a folder with TOFU's files)
+	$(BIN)/python benchmarks/levels.py --data $(DATA)
 
 bench-checkpoint: dev ## size, load time and memory of a split checkpoint (SPLIT=, MODEL=)
 	$(BIN)/python benchmarks/checkpoint.py --split $(SPLIT) --model $(MODEL)
