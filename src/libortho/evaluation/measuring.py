@@ -27,7 +27,7 @@ from libortho.files import cache_dir
 from libortho.scoring import mean_token_kl
 from libortho.training import Progress
 
-MEASURED_FORMAT = 1
+MEASURED_FORMAT = 2
 """Raised when the suite measures the same model otherwise."""
 
 QUICK_TOKENS = 32
