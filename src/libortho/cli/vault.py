@@ -28,9 +28,10 @@ def use_key_file(context: typer.Context, path: Path) -> None:
     """Have the key of a file in use until the command ends."""
     from libortho.checkpoint.keys import OrthoKey, ortho_access
 
-    # Read when it is needed, so that an error of it is reported as any other.
-    find = lambda: OrthoKey.from_file(check_readable("--ortho-key-file", path))  # noqa: E731
-    context.with_resource(ortho_access(find))
+    def read() -> OrthoKey:  # when it is needed, so that an error of it is reported as any other
+        return OrthoKey.from_file(check_readable("--ortho-key-file", path))
+
+    context.with_resource(ortho_access(read))
 
 
 def encrypt(
