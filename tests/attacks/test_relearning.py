@@ -16,6 +16,7 @@ from libortho.attacks.relearning import (
     lessons_of,
     relearning,
 )
+from libortho.data.sampling import evenly
 from libortho.evaluation.finetuned import load_model
 
 CONFIG = RelearningConfig(
@@ -32,7 +33,7 @@ def test_what_is_taught_and_what_is_asked(data) -> None:
     assert two.taught == [forget[0], forget[2]]
     assert two.asked == [forget[1], forget[3], forget[4]]
     assert missing == {"100% of the forget set": "of 5 question(s) nothing is left to be recalled"}
-    assert lessons["retain questions"].taught == [retain[0], retain[2], retain[4]]
+    assert lessons["retain questions"].taught == evenly(retain, CONFIG.retain_questions)
     assert lessons["retain questions"].asked == forget
     assert len(lessons["unrelated text"].taught) == len(data.unrelated)
     few = lessons_of(data, dataclasses.replace(CONFIG, retain_questions=0, unrelated=False))[0]
