@@ -34,7 +34,7 @@ from libortho.data.tasks import Task, tofu_task
 from libortho.data.tokens import encode
 from libortho.evaluation.finetuned import FineTuned, fine_tuned
 from libortho.evaluation.tofu import versions
-from libortho.goal import REHEARSAL, REHEARSED
+from libortho.goal import REHEARSAL, REHEARSED, carried_over
 from libortho.scoring import answer_probability, sequence_nll
 from libortho.training import MemoriseConfig
 
@@ -57,12 +57,11 @@ def strangers(data: str, task: Task, size: int, most: int) -> list[list[Example]
 
 def estimates(unseen: float, earlier: float, earlier_unseen: float) -> dict[str, float]:
     """Of one pair: from the full model on unseen text, and the rehearsed one on both texts."""
-    carried = unseen * earlier / earlier_unseen
     return {
         "unseen text": unseen,
         "earlier model": earlier,
         "geometric mean of the two": math.sqrt(unseen * earlier),
-        CARRIED: min(carried, max(unseen, earlier)),
+        CARRIED: carried_over(unseen, earlier, earlier_unseen),
     }
 
 

@@ -148,13 +148,24 @@ def _from_earlier_model(
     source = f"{source} ({expected:.3f})"
     if unseen is None or level is None or earlier == "trust":
         return Goal(targets, expected, source)
-    # What a stranger's text costs the model, carried over to the forget set: by how much easier of
-    # the two that one is, the earlier model says, which knows neither (docs/method.md has the
-    # errors). Never above both of its parts: in doubt, more is forgotten.
     _, stranger = _said(before, unseen, context)
-    carried = level * expected / max(stranger, 1e-12)
     source += f" beside {stranger:.3f} on unseen text, which the model gives {level:.3f}"
-    return Goal(targets, min(carried, max(level, expected)), source)
+    return Goal(targets, carried_over(level, expected, stranger), source)
+
+
+def carried_over(unseen: float, earlier: float, earlier_unseen: float) -> float:
+    """What a model that never saw the forget set should give it, a probability per token.
+
+    What the model gives unseen text, times how much more likely the earlier model, which knows
+    neither, finds the forget set (docs/method.md has the errors). Never above both of its parts: in
+    doubt, more is forgotten.
+
+    Args:
+        unseen: the model's probability of unseen text.
+        earlier: the earlier model's, of the forget set.
+        earlier_unseen: the earlier model's, of the unseen text.
+    """
+    return min(unseen * earlier / max(earlier_unseen, 1e-12), max(unseen, earlier))
 
 
 def _said(
