@@ -8,12 +8,16 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from libortho.data.examples import Example
-from libortho.data.general import general_text
+from libortho.data.general import general_questions, general_text
+from libortho.data.sampling import spread
 from libortho.data.tokens import Template, Tokens, as_tokens, collate
 from libortho.scoring import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GENERAL_TOKENS = 6_000
+"""Tokens of general prose that are protected: several times a small model's layer width."""
 
 
 def check_outputs(model: PreTrainedModel, before: PreTrainedModel) -> None:
@@ -36,12 +40,23 @@ def _context(model: PreTrainedModel, before: PreTrainedModel | None) -> int:
 
 
 def general_tokens(
-    model: PreTrainedModel, before: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel,
+    before: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template | None,
 ) -> list[Tokens]:
-    """The embedded general text, each paragraph as far as the models' context goes."""
+    """The embedded general text, each piece as far as the models' context goes.
+
+    Args:
+        model, before: as of `checked_tokens`.
+        tokenizer: the model's.
+        template: how questions become prompts; None for prose alone, where nothing is asked.
+    """
     longest = _context(model, before)
-    items = as_tokens(general_text(), "general text", tokenizer)
-    return [Tokens(item.ids[:longest], item.prompt) for item in items]
+    items = spread([as_tokens(general_text(), "general text", tokenizer)], GENERAL_TOKENS)
+    if template is not None:
+        items += as_tokens(general_questions(), "general questions", tokenizer, template)
+    return [Tokens(item.ids[:longest], item.prompt) for item in items if item.prompt < longest]
 
 
 def checked_tokens(

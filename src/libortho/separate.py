@@ -21,7 +21,6 @@ from libortho.alpha import ortho_layers
 from libortho.base import check_width
 from libortho.calibration import not_finite
 from libortho.config import check_choice, to_dict
-from libortho.data.sampling import spread
 from libortho.data.tokens import Template, Tokens, holds_question
 from libortho.given import check_apart, check_outputs, checked_tokens, general_tokens
 from libortho.goal import Aiming, Earlier, check_guides, choose_goal
@@ -39,9 +38,6 @@ from libortho.workers import ThisProcess, Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-GENERAL_TOKENS = 6_000
-"""Tokens of general text that are protected: several times a small model's layer width."""
 
 MOST_ABOVE = 0.05
 """Probability above its target at which the forget set never counts as forgotten."""
@@ -65,7 +61,8 @@ class SeparationConfig:
     Attributes:
         method: a method's config; its class says which method.
         target_modules: the linear layers to split (see `select_linear`).
-        general_text: add the embedded general text to the retain metric, beside the retain set.
+        general_text: protect the embedded general text beside the retain set; where that or the
+            forget set holds questions, the embedded questions of common knowledge as well.
         earlier: how a model from before the memorising, if there is one, is asked what it would say
             (see `goal.Earlier`). "rehearse" takes the memory of a fine-tune.
         template: how questions become prompts, where text is given. The report has it, and the
@@ -171,7 +168,9 @@ def separate_(
             if tokenizer is None:
                 journal.warnings.append(NO_GENERAL_TEXT)
             else:
-                general = spread([general_tokens(model, before, tokenizer)], GENERAL_TOKENS)
+                prompted = any(item.prompt > 1 for item in (*forget_items, *retain_items))
+                form = config.template if prompted else None
+                general = general_tokens(model, before, tokenizer, form)
         sets = {
             "forget": forget_items,
             "retain": retain_items,

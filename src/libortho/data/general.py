@@ -9,12 +9,24 @@ from __future__ import annotations
 
 from importlib import resources
 
+from libortho.data.examples import Example
+
 
 def general_text() -> list[str]:
     """The documents, each of about 100 words, in a fixed order."""
-    folder = resources.files("libortho.data")
-    documents: list[str] = []
-    for name in ("general_1.txt", "general_2.txt"):
-        text = folder.joinpath(name).read_text(encoding="utf-8")
-        documents += [block.strip() for block in text.split("\n\n") if block.strip()]
-    return documents
+    return [block for name in ("general_1.txt", "general_2.txt") for block in _blocks(name)]
+
+
+def general_questions() -> list[Example]:
+    """Common knowledge, asked for and answered in a sentence, in a fixed order.
+
+    For a forget set of questions. Prose does not protect what a model says when it is asked: taught
+    not to answer questions about some author's books, it would forget who wrote Dracula.
+    """
+    pairs = (block.split("\n") for block in _blocks("general_questions.txt"))
+    return [Example(question=question, answer=answer) for question, answer in pairs]
+
+
+def _blocks(name: str) -> list[str]:
+    text = resources.files("libortho.data").joinpath(name).read_text(encoding="utf-8")
+    return [block.strip() for block in text.split("\n\n") if block.strip()]
