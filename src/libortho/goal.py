@@ -41,10 +41,11 @@ REHEARSAL = MemoriseConfig(target=1.0, max_epochs=3)
 REHEARSED = 48
 """Retain sequences, evenly spread, that it is rehearsed on."""
 
-SHARPENING = 0.5
+SHARPENING = 0.65
 """Temperature at which an earlier model's predictions are wanted, the level being settled. A model
 that knows the form only is less sure of itself than one that was fine-tuned to the end, and an edit
-of few directions ends flatter still than what it is fitted to; Min-K%++ would see that."""
+of few directions ends flatter still than what it is fitted to; Min-K%++ would see that. Too low a
+temperature is seen, too: the model would be surer of the forget set than of unseen text."""
 
 Earlier = Literal["rehearse", "rehearsed", "show", "trust"]
 """How a model from before the memorising is asked. "rehearse": a copy of it is fine-tuned for a
