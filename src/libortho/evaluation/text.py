@@ -82,6 +82,8 @@ def evaluate_text(
         "perplexity": {},
         "probability": {},
     }
+    with alpha_scope(model, max(alphas)):
+        pass  # what cannot be measured at all of them is refused before it is at any
     for done, alpha in enumerate(alphas):
         progress("evaluate", done, len(alphas))
         with alpha_scope(model, alpha):
