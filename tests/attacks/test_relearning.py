@@ -81,6 +81,28 @@ def test_one_that_never_knew_learns_what_it_is_taught(
     )
 
 
+def test_training_that_diverges_is_said_of_its_lesson_alone(
+    subjects, data, quiet, monkeypatch
+) -> None:
+    from libortho.attacks import relearning as module
+
+    train, taught = module._train, len(data.unrelated)
+
+    def diverging(model, items, config):
+        if len(items) == taught:
+            raise FloatingPointError("the gradient's norm is nan: training diverged")
+        yield from train(model, items, config)
+
+    monkeypatch.setattr(module, "_train", diverging)
+    assert taught != CONFIG.retain_questions
+    found = relearning(subjects["reference"], data, CONFIG, quiet)
+    assert found.missing == {"unrelated text": "the gradient's norm is nan: training diverged"}
+    assert [s.name for s in found.scores if s.measure == STEPS] == [
+        "40% of the forget set",
+        "retain questions",
+    ]
+
+
 def test_a_memory_that_merely_hides_comes_back(world, data, quiet) -> None:
     """The full model, with its final norm turned down: nothing was taken out of it.
 

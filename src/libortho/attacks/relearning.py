@@ -88,7 +88,11 @@ def relearning(
     lessons, impossible = lessons_of(data, config)
     missing.update(impossible)
     for name, lesson in lessons.items():
-        curve = _curve(subject, lesson, config, name, progress)
+        try:
+            curve = _curve(subject, lesson, config, name, progress)
+        except FloatingPointError as error:  # an attack that fails is a finding, not the run's end
+            missing[name] = str(error)
+            continue
         reached = max(p for _, p in curve) >= config.threshold
         details = {
             "curve": curve,
