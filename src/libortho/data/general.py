@@ -20,8 +20,8 @@ def general_text() -> list[str]:
 def general_questions() -> list[Example]:
     """Common knowledge, asked for and answered in a sentence, in a fixed order.
 
-    For a forget set of questions. Prose does not protect what a model says when it is asked: taught
-    not to answer questions about some author's books, it would forget who wrote Dracula.
+    For a forget set of questions: taught not to answer those about some author's books, a model
+    says less of who wrote Dracula as well.
     """
     pairs = (block.split("\n") for block in _blocks("general_questions.txt"))
     return [Example(question=question, answer=answer) for question, answer in pairs]
