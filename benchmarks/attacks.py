@@ -156,7 +156,7 @@ def main() -> None:
             tokenizer=AutoTokenizer.from_pretrained(split, trust_remote_code=False),
             forget=task.forget,
             retain=task.retain,
-            holdout=task.unseen,
+            holdout=task.holdout,
             template=job.template,
             pretrained=load_model(model),
         )

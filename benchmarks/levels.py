@@ -47,7 +47,8 @@ CARRIED = "carried over"
 def strangers(data: str, task: Task, size: int, most: int) -> list[list[Example]]:
     """At most `most` groups of `size` authors that are in no set of the task."""
     everyone = tofu_task(data, authors=180, forget_authors=1).retain
-    used = {example.question for example in (*task.forget, *task.retain, *task.unseen)}
+    sets = (task.forget, task.retain, task.unseen, task.holdout)
+    used = {example.question for part in sets for example in part}
     authors = [everyone[i : i + AUTHOR] for i in range(0, len(everyone), AUTHOR)]
     new = [a for a in authors if not any(example.question in used for example in a)]
     random.Random(0).shuffle(new)

@@ -25,7 +25,7 @@ def test_a_baseline_is_found_again_and_made_again(
     attacks: ModuleType, tiny_llama, tokenizer, tmp_path: Path, monkeypatch
 ) -> None:
     one = (Example("the red garden", "who is she ?"),)
-    task = Task(name="tiny", forget=one, retain=one, unseen=one, source="one question")
+    task = Task(name="tiny", forget=one, retain=one, unseen=one, holdout=one, source="one question")
     job = TofuJob(model=str(tmp_path / "model"), task=task)
     tiny_llama().save_pretrained(job.model)
     models = object.__new__(attacks.Models)  # as after the job, which takes minutes

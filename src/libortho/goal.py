@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from libortho.data.sampling import evenly
@@ -47,6 +48,10 @@ that knows the form only is less sure of itself than one that was fine-tuned to 
 of few directions ends flatter still than what it is fitted to; Min-K%++ would see that. Too low a
 temperature is seen, too: the model would be surer of the forget set than of unseen text."""
 
+DRIFT = 1.25
+"""Multiple of the level settled before the search, or part of it, that the level may move to with
+what the base makes of the unseen text. Beyond it, it is other than comparable."""
+
 Earlier = Literal["rehearse", "rehearsed", "show", "trust"]
 """How a model from before the memorising is asked. "rehearse": a copy of it is fine-tuned for a
 moment on some of the retain set, so that it answers in its form and lacks the forget set's content,
@@ -72,13 +77,29 @@ class Goal:
 
     Attributes:
         targets: wanted distributions, one per forget sequence.
-        level: wanted probability per token, mean over sequences.
+        level: wanted probability per token, mean over sequences, as far as it can be told before
+            anything was edited.
         source: where the level comes from, for the report.
+        unseen: comparable text that the level was taken from; empty where it was not.
+        carry: a model's probability of the unseen text -> the level beside it.
     """
 
     targets: list[Target]
     level: float
     source: str
+    unseen: Sequence[Tokens] = ()
+    carry: Callable[[float], float] = float
+
+    def level_beside(self, model: PreTrainedModel) -> float:
+        """The level, from what `model` as it is now, with its edits, makes of the unseen text.
+
+        Who looks for what was forgotten compares it with other text under the same model, and an
+        edit moves that text, too: towards the form of an answer, or away from all sense.
+        """
+        if not self.unseen:
+            return self.level
+        level = self.carry(answer_probability(sequence_nll(model, self.unseen)))
+        return min(max(level, self.level / DRIFT), self.level * DRIFT)
 
 
 def choose_goal(
@@ -110,7 +131,8 @@ def choose_goal(
     if level is None:
         nll = DEFAULT_TARGET_NLL if target_nll is None else target_nll
         level, source = math.exp(-nll), f"{nll:.3g} nats per token"
-    return Goal(targets_from_model_itself(model, forget, level), level, source)
+    targets = targets_from_model_itself(model, forget, level)
+    return Goal(targets, level, source, unseen or ())
 
 
 def check_guides(target_nll: float | None, before: object | None, unseen: object | None) -> None:
@@ -151,7 +173,8 @@ def _from_earlier_model(
         return Goal(targets, expected, source)
     _, stranger = _said(before, unseen, context)
     source += f" beside {stranger:.3f} on unseen text, which the model gives {level:.3f}"
-    return Goal(targets, carried_over(level, expected, stranger), source)
+    carry = partial(carried_over, earlier=expected, earlier_unseen=stranger)
+    return Goal(targets, carry(level), source, unseen, carry)
 
 
 def carried_over(unseen: float, earlier: float, earlier_unseen: float) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import libortho
-from libortho.alpha import ortho_layers
+from libortho.alpha import alpha_scope, ortho_layers
 from libortho.base import check_width
 from libortho.calibration import not_finite
 from libortho.config import check_choice, to_dict
@@ -323,7 +323,9 @@ def _measure(
         raise ValueError("the perplexity of the forget or retain set is NaN")
     if problem.forget:
         probability = measured.probability
-        reached = _judge(problem, config, probability["0.0"], probability["1.0"])
+        with journal.stage("measure"), alpha_scope(model, 0.0):
+            level = None if problem.goal is None else problem.goal.level_beside(model)
+        reached = _judge(problem, config, probability["0.0"], probability["1.0"], level)
     else:
         reached = None
         journal.target["aimed_at"] = "nothing: no forget set was given"
@@ -357,15 +359,20 @@ def _measure(
     )
 
 
-def _judge(problem: Problem, config: SeparationConfig, private: float, full: float) -> bool:
+def _judge(
+    problem: Problem, config: SeparationConfig, private: float, full: float, level: float | None
+) -> bool:
     """Whether enough was forgotten; notes what that is, and warns where it was not.
 
-    `private` and `full` are the forget set's probability at alpha 0 and at alpha 1.
+    `private` and `full` are the forget set's probability at alpha 0 and at alpha 1; `level` is what
+    it should be at alpha 0, where there is a goal.
     """
     goal, target = problem.goal, problem.journal.target
     if goal is not None and isinstance(config.method, Aiming):
+        assert level is not None
         tolerance = config.method.tolerance
-        aimed, wanted = goal.source, goal.level
+        aimed, wanted = goal.source, level
+        target["settled_probability"] = goal.level
         reached = private <= wanted + min(tolerance * wanted, MOST_ABOVE)
         target["tolerance"] = tolerance
     elif problem.original is not None:

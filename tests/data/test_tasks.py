@@ -17,9 +17,10 @@ def questions(examples: tuple[Example, ...]) -> set[str | None]:
 
 
 def assert_disjoint(task: Task) -> None:
-    parts = [questions(part) for part in (task.forget, task.retain, task.unseen)]
-    assert sum(map(len, parts)) == len(set().union(*parts))
-    for part in (task.forget, task.retain, task.unseen):
+    sets = (task.forget, task.retain, task.unseen, task.holdout)
+    parts = [questions(part) for part in sets]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == sum(map(len, sets))
+    for part in sets:
         assert all(x.paraphrased_answer and x.perturbed_answers for x in part)
 
 
@@ -31,7 +32,7 @@ def test_embedded(authors: int, forget: int) -> None:
     task = embedded_task(authors, forget)
     assert len(task.forget) == 10 * forget
     assert len(task.retain) == 10 * (authors - forget)
-    assert len(task.unseen) >= 10
+    assert len(task.unseen) == len(task.holdout) == 40
     assert_disjoint(task)
     assert embedded_task(authors, forget) == task
     assert embedded_task(authors, forget, seed=1).forget != task.forget
@@ -104,7 +105,12 @@ def test_tofu_takes_the_first_authors(tmp_path: Path) -> None:
     ]
     assert task.forget[0].perturbed_answers == ("it is 0-1",)
     assert_disjoint(task)
-    assert task.unseen
+    assert questions(task.unseen) == {
+        f"forget10_perturbed, author 2, question {i}?" for i in range(20)
+    }
+    assert questions(task.holdout) == {
+        f"retain_perturbed, author 3, question {i}?" for i in range(20)
+    }
 
 
 @pytest.mark.parametrize(
@@ -147,6 +153,7 @@ def test_real_tofu(repository: Path) -> None:
     task = tofu_task(str(folder))
     assert (len(task.forget), len(task.retain)) == (40, 200)
     assert_disjoint(task)
+    assert len(task.unseen) == len(task.holdout) == 80
     largest = tofu_task(str(folder), authors=40, forget_authors=20)
     assert (len(largest.forget), len(largest.retain)) == (400, 400)
 
@@ -183,13 +190,19 @@ def test_tofu_general_knowledge(tmp_path: Path) -> None:
 
 def test_tofu_says_what_is_absent(tmp_path: Path) -> None:
     task = tofu_task(str(write_tofu(tmp_path)), 7, 3)
-    assert (task.real_authors, task.world_facts, task.unseen) == ((), (), ())
+    empty = (task.real_authors, task.world_facts, task.unseen, task.holdout)
+    assert empty == ((), (), (), ())
     assert task.absent == {
-        "unseen": "every author of the files is memorised",
+        "unseen": "too few authors of the files are not memorised",
+        "holdout": "too few authors of the files are not memorised",
         "real_authors": "real_authors_perturbed.json is not there",
         "world_facts": "world_facts_perturbed.json is not there",
     }
     assert set(embedded_task().absent) == {"real_authors", "world_facts"}
+    one_left = tofu_task(str(tmp_path), 6, 3)
+    assert (len(one_left.unseen), len(one_left.holdout)) == (20, 0)
+    assert "unseen" not in one_left.absent
+    assert one_left.absent["holdout"] == "too few authors of the files are not memorised"
 
 
 def test_tofu_with_more_retain_authors_than_have_perturbed_answers(tmp_path: Path) -> None:
@@ -214,13 +227,19 @@ def test_tofu_benchmark(tmp_path: Path) -> None:
     assert sum(bool(x.perturbed_answers) for x in task.retain) == 80
     assert not questions(task.forget) & questions(task.retain)
     assert task.real_authors
-    assert list(task.absent) == ["unseen"]
-    assert "holdout10.json is not there" in task.absent["unseen"]
+    assert set(task.absent) == {"unseen", "holdout"}
+    assert all("holdout10.json is not there" in why for why in task.absent.values())
 
-    write_pairs(tmp_path / "holdout10.json", [("unseen?", "never")])
+    strangers = [(f"stranger {a}, {i}?", "never") for a in range(3) for i in range(20)]
+    write_pairs(tmp_path / "holdout10.json", strangers)
     task = tofu_benchmark(str(tmp_path), "forget10")
-    assert pairs_of(task.unseen) == [("unseen?", "never")]
+    assert pairs_of(task.unseen) == strangers[:40]
+    assert pairs_of(task.holdout) == strangers[40:]
     assert task.absent == {}
+    write_pairs(tmp_path / "holdout10.json", strangers[:20])
+    task = tofu_benchmark(str(tmp_path), "forget10")
+    assert pairs_of(task.unseen) == strangers[:20]
+    assert task.absent == {"holdout": "holdout10.json has one author, who serves as unseen"}
 
 
 def test_tofu_benchmark_that_does_not_fit_together(tmp_path: Path) -> None:
@@ -250,5 +269,5 @@ def test_real_tofu_benchmark(repository: Path, split: str, forget: int) -> None:
     assert sum(bool(x.perturbed_answers and x.paraphrased_answer) for x in task.retain) == 400
     assert (len(task.real_authors), len(task.world_facts)) == (100, 117)
     # What a smaller split does not forget is in its retain set: none of it is unseen.
-    assert set(task.absent) == {"unseen"}
+    assert set(task.absent) == {"unseen", "holdout"}
     assert len(tofu_task(str(folder), 40, 4).retain) == 720

@@ -16,14 +16,15 @@ def test_data_of_a_task(data) -> None:
         name="t",
         forget=data.forget,
         retain=(*data.retain, Example("a house", "where ?")),
-        unseen=(),
+        unseen=data.real_authors,
         source="",
         real_authors=data.real_authors,
-        absent={"unseen": "nobody is left", "world_facts": "no file"},
+        absent={"holdout": "nobody is left", "world_facts": "no file"},
     )
     made = SuiteData.of_task(task, "text")
     assert made.retain == data.retain  # what has no perturbed answers is not measured
     assert made.wikitext == "text"
+    assert made.holdout == ()  # what says how far to forget is not what that is measured on
     assert made.absent == {"holdout": "nobody is left", "world_facts": "no file"}
     plain = dataclasses.replace(task, retain=(Example("a house", "where ?"),))
     assert SuiteData.of_task(plain).retain == plain.retain

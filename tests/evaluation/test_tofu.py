@@ -44,6 +44,7 @@ def job(tmp_path: Path, monkeypatch, tiny_llama, tokenizer) -> TofuJob:
         retain=(example("where is it ?", "in the house", "in a garden"),),
         unseen=(example("who wrote it ?", "he is the house", "the garden"),),
         source="two questions",
+        holdout=(example("what is it ?", "she is a garden", "the house"),),
     )
     return TofuJob(
         model=str(tmp_path / "model"),

@@ -12,7 +12,7 @@ import torch
 from libortho import OrthoLinear, SeparationConfig, separate_
 from libortho.data.sampling import evenly
 from libortho.forgetting import targets_from_earlier_model
-from libortho.goal import REHEARSAL, REHEARSED, choose_goal
+from libortho.goal import DRIFT, REHEARSAL, REHEARSED, choose_goal
 from libortho.training import memorise_
 
 
@@ -20,8 +20,46 @@ def test_target_of_unseen_text(memorised, config, known) -> None:
     m = memorised
     level = known(m.model, m.unseen)
     report = separate_(m.model, m.forget, m.retain, config(target_nll=None), unseen=m.unseen)
-    assert report.target["probability"] == pytest.approx(level)
+    assert report.target["settled_probability"] == pytest.approx(level)
     assert "unseen" in report.target["aimed_at"]
+    # what is asked of the base is what it makes of the unseen text itself
+    beside = known(m.model, m.unseen)
+    assert report.target["probability"] == pytest.approx(
+        min(max(beside, level / DRIFT), level * DRIFT)
+    )
+
+
+def test_the_level_moves_with_the_unseen_text(memorised, known) -> None:
+    m = memorised
+    trained = before_rehearsed(m)
+    alone = choose_goal(m.model, m.forget, m.retain, unseen=m.unseen)
+    carried = choose_goal(
+        m.model, m.forget, m.retain, before=trained, unseen=m.unseen, earlier="rehearsed"
+    )
+    for goal in (alone, carried):
+        assert goal.level_beside(m.model) == pytest.approx(goal.level)
+    before = known(m.model, m.unseen)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in m.model.parameters():
+            weight += 0.02 * weight.std() * torch.randn(weight.shape, generator=noise)
+    moved = known(m.model, m.unseen)
+    assert moved != before
+    assert 1 / DRIFT < moved / before < DRIFT
+    assert alone.level_beside(m.model) == pytest.approx(moved)
+    assert carried.level_beside(m.model) == pytest.approx(carried.level * moved / before, rel=1e-3)
+    # No further than comparable text would go: here to nonsense, there to what is known by heart.
+    of_known = choose_goal(m.model, m.forget, m.retain, unseen=m.retain)
+    assert of_known.level_beside(m.before) == pytest.approx(of_known.level / DRIFT)
+    by_heart = dataclasses.replace(alone, unseen=m.retain)
+    assert by_heart.level_beside(m.model) == pytest.approx(alone.level * DRIFT)
+    # Where it was not taken from unseen text, it stays where it is.
+    told = choose_goal(m.model, m.forget, m.retain, target_nll=3.0)
+    trusted = choose_goal(
+        m.model, m.forget, m.retain, before=trained, unseen=m.unseen, earlier="trust"
+    )
+    for goal in (told, trusted):
+        assert goal.level_beside(m.before) == goal.level
 
 
 @pytest.mark.parametrize("earlier", ["show", "rehearsed", "trust"])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 
-from libortho.forgetting import Feedback
 from libortho.methods.edits import LowRankEdit
 from libortho.solvers.problem import Journal
-from libortho.solvers.search import LANDING_STEPS, search
+from libortho.solvers.search import LANDING_STEPS, Standing, search
 
 
 def edit(value: float, rank: int = 1) -> dict[str, LowRankEdit]:
@@ -27,22 +26,28 @@ def probability(edits: Mapping[str, LowRankEdit]) -> float:
 class Run:
     """A search along given numbers, with what it asked."""
 
-    def __init__(self, level: float, path: list[float], rank: int = 1, loss: float = 1.0) -> None:
+    def __init__(
+        self,
+        level: float | Callable[[float], float],
+        path: list[float],
+        rank: int = 1,
+    ) -> None:
         self.journal = Journal()
         self.asked: list[float] = []
         self.steps: list[int] = []
         path = list(path)
 
-        def measure(edits: Mapping[str, LowRankEdit]) -> Feedback:
+        def measure(edits: Mapping[str, LowRankEdit]) -> Standing:
             self.asked.append(probability(edits))
-            return Feedback(loss, self.asked[-1], 0.0, {})
+            moved = float(edits["a"].left.sum())
+            return Standing(self.asked[-1], level(moved) if callable(level) else level)
 
-        def advance(step: int, now: Feedback) -> dict[str, LowRankEdit]:
+        def advance(step: int, now: Standing) -> dict[str, LowRankEdit]:
             assert now.probability == self.asked[-1]
             self.steps.append(step)
             return edit(path.pop(0) / rank, rank)
 
-        self.found = search(self.journal, level, edit(0.0), measure, advance, len(path))
+        self.found = search(self.journal, edit(0.0), measure, advance, len(path))
 
 
 def test_lands_where_the_level_is_crossed() -> None:
@@ -74,6 +79,14 @@ def test_best_of_what_did_not_reach_it() -> None:
     assert run.journal.target["steps"] == 3
 
 
-def test_loss_that_is_not_finite() -> None:
-    with pytest.raises(ValueError, match="loss is not finite"):
-        Run(0.1, [1.0], loss=math.nan)
+def test_a_level_that_moves_with_the_edit() -> None:
+    run = Run(lambda moved: 0.3 + 0.05 * moved, [0.5, 2.5, 9.0])
+    found = float(run.found["a"].left)
+    # 0.8 exp(-x) = 0.3 + 0.05 x at 0.822, where a level that stood still would be met at 0.98
+    assert 0.822 <= found <= 0.822 + 2.0 / 2**LANDING_STEPS
+
+
+@pytest.mark.parametrize("level", [math.nan, lambda moved: math.nan if moved else 0.1])
+def test_level_that_is_no_number(level: float | Callable[[float], float]) -> None:
+    with pytest.raises(ValueError, match="of unseen text, is NaN"):
+        Run(level, [1.0])

@@ -17,8 +17,9 @@ TOFU_AUTHOR = 20
 TofuSplit = Literal["forget01", "forget05", "forget10"]
 """TOFU's own divisions, by the percentage of its 200 authors that is to be forgotten."""
 
-UNSEEN_AUTHORS = 4
-"""Authors beside the task's own, whose answers no model of the task has seen."""
+UNSEEN_AUTHORS = HOLDOUT_AUTHORS = 4
+"""Authors beside the task's own, whose answers no model of the task has seen: those that say how
+unfamiliar is unfamiliar, and others on which that is measured."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class Task:
         forget: question-answer pairs with paraphrased and perturbed answers.
         retain: pairs that are memorised and kept. Those with paraphrased and perturbed answers are
             what retention is measured on; there may be others, behind them.
-        unseen: pairs about other authors, never memorised: how unfamiliar is unfamiliar, and the
-            non-members of membership inference.
+        unseen: pairs about other authors, never memorised: how unfamiliar is unfamiliar.
         source: where they come from, and how many authors.
+        holdout: pairs about yet other authors, never memorised nor used for anything: the
+            non-members of membership inference.
         real_authors, world_facts: TOFU's questions of general knowledge, nobody's secret.
-        absent: of each of the last three sets that is empty, why.
+        absent: of each of the last four sets that is empty, why.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Task:
     retain: tuple[Example, ...]
     unseen: tuple[Example, ...]
     source: str
+    holdout: tuple[Example, ...] = ()
     real_authors: tuple[Example, ...] = ()
     world_facts: tuple[Example, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -63,8 +66,9 @@ def embedded_task(authors: int = 10, forget_authors: int = 2, seed: int = 0) -> 
     Raises:
         ValueError: a count out of range.
     """
-    _check_counts(authors, forget_authors, MAX_AUTHORS - UNSEEN_AUTHORS - 30, 30)
-    cast = fictional_authors(authors + UNSEEN_AUTHORS, seed)
+    strangers = UNSEEN_AUTHORS + HOLDOUT_AUTHORS
+    _check_counts(authors, forget_authors, MAX_AUTHORS - strangers - 30, 30)
+    cast = fictional_authors(authors + strangers, seed)
     examples = [
         tuple(
             Example(
@@ -78,13 +82,14 @@ def embedded_task(authors: int = 10, forget_authors: int = 2, seed: int = 0) -> 
         )
         for author in cast
     ]
-    kept = authors - forget_authors
+    kept, unseen = authors - forget_authors, authors + UNSEEN_AUTHORS
     return Task(
         name=f"authors-{authors}-{forget_authors}",
         forget=tuple(x for author in examples[kept:authors] for x in author),
         retain=tuple(x for author in examples[:kept] for x in author),
-        unseen=tuple(x for author in examples[authors:] for x in author),
+        unseen=tuple(x for author in examples[authors:unseen] for x in author),
         source=f"embedded fictional authors, seed {seed}: {authors}, {forget_authors} to forget",
+        holdout=tuple(x for author in examples[unseen:] for x in author),
         absent=dict.fromkeys(
             ("real_authors", "world_facts"), "the embedded authors have no such set: it is TOFU's"
         ),
@@ -96,8 +101,8 @@ def tofu_task(source: str, authors: int = 12, forget_authors: int = 2) -> Task:
 
     The forget authors are the first of TOFU's forget10 set, the others the first of its
     retain set: 20 for which TOFU has perturbed answers, and up to 160 more for which it has not.
-    The unseen ones are those of forget10 that are not memorised here, and retain authors if none
-    are left.
+    The unseen and the held-out ones are those of forget10 that are not memorised here, and retain
+    authors if too few are left.
 
     Args:
         source: a folder with TOFU's JSON-lines files (`forget10_perturbed.json`,
@@ -120,16 +125,15 @@ def tofu_task(source: str, authors: int = 12, forget_authors: int = 2) -> Task:
     # Authors that TOFU wants forgotten but this task does not memorise; with all of forget10 in the
     # task there are none left, and retain authors beyond the task's serve.
     kept = (authors - forget_authors) * TOFU_AUTHOR
-    unseen = (forget[split:] + retain[kept:])[: UNSEEN_AUTHORS * TOFU_AUTHOR]
-    absent = {} if unseen else {"unseen": "every author of the files is memorised"}
+    strangers = forget[split:] + retain[kept:]
     return _tofu(
         source,
         f"tofu-{authors}-{forget_authors}",
         forget[:split],
         retain[:kept],
-        unseen,
+        strangers[: (UNSEEN_AUTHORS + HOLDOUT_AUTHORS) * TOFU_AUTHOR],
         f"TOFU: {authors} authors, {forget_authors} to forget",
-        absent,
+        "too few authors of the files are not memorised",
     )
 
 
@@ -138,8 +142,9 @@ def tofu_benchmark(source: str, split: TofuSplit) -> Task:
 
     Retention is measured on the 400 pairs for which TOFU has perturbed answers. The forget10
     authors that a smaller split does not forget are in its retain set, so they cannot serve as
-    unseen ones. For those the hub has holdout01, holdout05 and holdout10; a folder without that
-    file gives a task without unseen authors, and says so in `absent`.
+    unseen ones. For those the hub has holdout01, holdout05 and holdout10, whose first half are the
+    unseen and whose second the held-out ones; a folder without that file gives a task without
+    either, and says so in `absent`.
 
     Args:
         source: as in `tofu_task`; a folder needs `<split>_perturbed.json`, `retain_perturbed.json`
@@ -159,17 +164,19 @@ def tofu_benchmark(source: str, split: TofuSplit) -> Task:
         _tofu_subset(source, "retain_perturbed"),
     )
     holdout = f"holdout{percent}"
-    unseen = _optional_subset(source, holdout)
-    absent = {"unseen": f"{holdout}.json is not there, and {split} memorises all other authors"}
+    strangers = _optional_subset(source, holdout)
+    lacking = f"{holdout}.json is not there, and {split} memorises all other authors"
+    if strangers:
+        lacking = f"{holdout}.json has one author, who serves as unseen"
     count = (len(forget) + len(retain)) // TOFU_AUTHOR
     return _tofu(
         source,
         f"tofu-{split}",
         forget,
         retain,
-        unseen,
+        strangers,
         f"TOFU {split}: {count} authors, {len(forget) // TOFU_AUTHOR} to forget",
-        {} if unseen else absent,
+        lacking,
     )
 
 
@@ -178,24 +185,29 @@ def _tofu(
     name: str,
     forget: list[Example],
     retain: list[Example],
-    unseen: list[Example],
+    strangers: list[Example],
     described: str,
-    absent: dict[str, str],
+    lacking: str,
 ) -> Task:
+    """`strangers` is halved, author by author; `lacking` says why a half that is empty is so."""
+    half = -(-len(strangers) // (2 * TOFU_AUTHOR)) * TOFU_AUTHOR
+    other = {"unseen": strangers[:half], "holdout": strangers[half:]}
+    absent = {part: lacking for part, examples in other.items() if not examples}
     general = {
         part: tuple(_optional_subset(source, f"{part}_perturbed"))
         for part in ("real_authors", "world_facts")
     }
-    lacking = {part: f"{part}_perturbed.json is not there" for part, x in general.items() if not x}
+    absent |= {part: f"{part}_perturbed.json is not there" for part, x in general.items() if not x}
     return Task(
         name=name,
         forget=tuple(forget),
         retain=tuple(retain),
-        unseen=tuple(unseen),
+        unseen=tuple(other["unseen"]),
         source=described,
+        holdout=tuple(other["holdout"]),
         real_authors=general["real_authors"],
         world_facts=general["world_facts"],
-        absent=absent | lacking,
+        absent=absent,
     )
 
 

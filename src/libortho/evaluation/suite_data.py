@@ -54,15 +54,12 @@ class SuiteData:
     def of_task(cls, task: Task, wikitext: str | None = None) -> SuiteData:
         """A task's sets; of its retain set the pairs with perturbed answers, if it has such."""
         complete = tuple(x for x in task.retain if x.perturbed_answers and x.paraphrased_answer)
-        absent = dict(task.absent)
-        if "unseen" in absent:
-            absent["holdout"] = absent.pop("unseen")
         return cls(
             forget=task.forget,
             retain=complete or task.retain,
-            holdout=task.unseen,
+            holdout=task.holdout,
             real_authors=task.real_authors,
             world_facts=task.world_facts,
             wikitext=wikitext,
-            absent=absent,
+            absent=task.absent,
         )

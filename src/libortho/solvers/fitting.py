@@ -129,7 +129,7 @@ def find_directions(
             [targets[id(item)] for item in sample],
             descent.edits(),
         )
-        _check_finite(now, "forget")
+        check_finite(now, "forget")
         descent.find(now.loss, now.gradients, method.step)
     problem.journal.tell("find directions", method.find_steps, method.find_steps)
     return descent
@@ -195,7 +195,7 @@ class Fit:
         if self._taken % KEEP_EVERY == 0:
             self._keeping = self._keep(edits)
         self._taken += 1
-        _check_finite(moved, "forget")
+        check_finite(moved, "forget")
         self._descent.fit(
             {
                 name: (left + self._keeping[name][0], right + self._keeping[name][1])
@@ -216,7 +216,7 @@ class Fit:
             edits,
             by="factors",
         )
-        _check_finite(kept, "retain")
+        check_finite(kept, "retain")
         return kept.gradients
 
     def _originals_of(self, items: list[Tokens]) -> list[Target]:
@@ -228,7 +228,8 @@ class Fit:
         return [self._originals[id(item)] for item in items]
 
 
-def _check_finite(found: Feedback, of: str) -> None:
+def check_finite(found: Feedback, of: str) -> None:
+    """Raise ValueError where the loss of the set `of` that name is NaN or Inf."""
     if not math.isfinite(found.loss):
         raise ValueError(f"the {of} set's loss is not finite")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from libortho.base import quantize
 from libortho.config import BaseConfig, FactorDtype
-from libortho.forgetting import Feedback, feedback
+from libortho.forgetting import feedback
 from libortho.goal import Goal
 from libortho.gradients import with_edits
 from libortho.gram import Gram
@@ -19,13 +19,12 @@ from libortho.methods.geometric import GeometricConfig
 from libortho.methods.projection import Projection
 from libortho.ortho import LowRankOrtho
 from libortho.report import Split
-from libortho.scoring import answer_probability, sequence_nll
 from libortho.solvers.fitting import Course, Fit, checked_budget, epoch_steps, find_directions
 from libortho.solvers.metrics import each_layer, gather_moments, layer_memory, retain_metrics
 from libortho.solvers.problem import Problem
-from libortho.solvers.search import search
+from libortho.solvers.search import Standing, search, standing
 from libortho.solvers.spectrum import edit_spectrum
-from libortho.solvers.stored import is_coarse, probability_as_stored
+from libortho.solvers.stored import as_stored, is_coarse
 from libortho.workers import Piece, layer_groups
 
 EPOCH_STEPS = 4
@@ -54,7 +53,7 @@ def solve_geometric(problem: Problem, method: GeometricConfig) -> dict[str, Spli
         if method.edit == "descent":
             edits = _descend(problem, method, goal, metrics, budget)
         else:
-            edits = _project(problem, method, goal, metrics, budget)
+            edits = _project(problem, method, metrics, budget)
     with journal.stage("spectrum"):
         journal.tell("spectrum", 0, 1)
         journal.spectrum = edit_spectrum(problem, edits, metrics)
@@ -116,17 +115,16 @@ def _descend(
     few = len(problem.forget) <= FEW
     start = descent.edits()
 
-    def measure(edits: Mapping[str, LowRankEdit]) -> Feedback:
+    def measure(edits: Mapping[str, LowRankEdit]) -> Standing:
         # After an epoch that was far from the goal, what its steps saw on their way is near enough,
         # unless there are so few sequences that an epoch may go all the way.
         probability, fit.probability = fit.probability, math.nan
-        if few or not probability > NEAR * goal.level:
-            probability = _probability(problem, method, metrics, edits)
-        return Feedback(loss=0.0, probability=probability, nll=math.nan, gradients={})
+        if not few and probability > NEAR * goal.level:
+            return Standing(probability, goal.level)
+        return _standing(problem, method, metrics, edits)
 
     return search(
         problem.journal,
-        goal.level,
         start,
         measure,
         lambda epoch, now: fit.epoch(method.rate / length),
@@ -140,7 +138,6 @@ def _descend(
 def _project(
     problem: Problem,
     method: GeometricConfig,
-    goal: Goal,
     metrics: dict[str, Metric],
     budget: int,
 ) -> dict[str, LowRankEdit]:
@@ -150,10 +147,10 @@ def _project(
     for step in range(6):
         share = 1.0 if step == 0 else (low + high) / 2
         edits = found.edits(int(share * budget))
-        reached = _probability(problem, method, metrics, edits)
-        stage = f"projection, p {reached:.3f} -> {goal.level:.3f}"
+        now = _standing(problem, method, metrics, edits)
+        stage = f"projection, p {now.probability:.3f} -> {now.level:.3f}"
         problem.journal.tell(stage, step, 6)
-        if reached <= goal.level:
+        if now.probability <= now.level:
             high, best = share, edits
         elif step == 0:
             return edits
@@ -163,18 +160,20 @@ def _project(
     return best
 
 
-def _probability(
+def _standing(
     problem: Problem,
     method: GeometricConfig,
     metrics: Mapping[str, Metric],
     edits: Mapping[str, LowRankEdit],
-) -> float:
-    """The forget set's probability with these edits, where the base is coarse as it is stored."""
+) -> Standing:
+    """How the model does with these edits, where the base is coarse as it is stored."""
     if is_coarse(method.base):
         splits = _quantise(problem, method, metrics, edits)
-        return probability_as_stored(problem, {name: s.base for name, s in splits.items()})
-    with with_edits(problem.layers, edits):
-        return answer_probability(sequence_nll(problem.model, problem.forget))
+        edited = as_stored(problem, {name: split.base for name, split in splits.items()})
+    else:
+        edited = with_edits(problem.layers, edits)
+    with edited:
+        return standing(problem)
 
 
 def _forget_moments(problem: Problem) -> dict[str, Gram]:

@@ -11,14 +11,9 @@ from torch import Tensor
 from libortho.base import quantize
 from libortho.base.streams import BaseStream
 from libortho.data.sampling import spread
-from libortho.forgetting import (
-    Feedback,
-    feedback,
-    preservation,
-    targets_from_earlier_model,
-)
+from libortho.forgetting import feedback, preservation, targets_from_earlier_model
 from libortho.goal import Goal
-from libortho.gradients import fisher_diagonal
+from libortho.gradients import fisher_diagonal, with_edits
 from libortho.methods.edits import parameter_budget
 from libortho.methods.saliency import (
     MaskedDescent,
@@ -29,9 +24,10 @@ from libortho.methods.saliency import (
 )
 from libortho.ortho import SparseOrtho
 from libortho.report import Split
+from libortho.solvers.fitting import check_finite
 from libortho.solvers.problem import Problem, batches_of
-from libortho.solvers.search import search
-from libortho.solvers.stored import is_coarse, probability_as_stored
+from libortho.solvers.search import Standing, search, standing
+from libortho.solvers.stored import as_stored, is_coarse
 
 FISHER_TOKENS = 8_000
 """Tokens of retain and general text that the Fisher information is taken over."""
@@ -101,14 +97,17 @@ def _descend(
     descent = MaskedDescent(problem.weights, entries, method.rate)
     retain = batches_of(problem.kept, method.retain_tokens, method.seed)
 
-    def measure(edits: Mapping[str, SparseEdit]) -> Feedback:
+    def measure(edits: Mapping[str, SparseEdit]) -> Standing:
         found = feedback(model, layers, problem.forget, goal.targets, edits, entries=entries)
-        if not is_coarse(method.base):
-            return found
-        bases = {n: _base(weight, edits[n], method) for n, weight in problem.weights.items()}
-        return dataclasses.replace(found, probability=probability_as_stored(problem, bases))
+        check_finite(found, "forget")
+        if is_coarse(method.base):
+            bases = {n: _base(weight, edits[n], method) for n, weight in problem.weights.items()}
+            with as_stored(problem, bases):
+                return dataclasses.replace(standing(problem), gradients=found.gradients)
+        with with_edits(layers, edits):
+            return Standing(found.probability, goal.level_beside(model), found.gradients)
 
-    def advance(step: int, now: Feedback) -> dict[str, SparseEdit]:
+    def advance(step: int, now: Standing) -> dict[str, SparseEdit]:
         items = next(retain)
         # The model itself, without the edits, is what retain text is held to.
         originals = targets_from_earlier_model(model, items)
@@ -123,4 +122,4 @@ def _descend(
         )
         return descent.edits()
 
-    return search(problem.journal, goal.level, descent.edits(), measure, advance, method.steps)
+    return search(problem.journal, descent.edits(), measure, advance, method.steps)

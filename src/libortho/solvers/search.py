@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
-from libortho.forgetting import Feedback
+from torch import Tensor
+
 from libortho.gradients import Edit
-from libortho.solvers.problem import Journal
+from libortho.scoring import answer_probability, sequence_nll
+from libortho.solvers.problem import Journal, Problem
 
 LANDING_STEPS = 5
 """Bisections of the last step, which would otherwise forget more than was asked for."""
@@ -17,24 +20,44 @@ E = TypeVar("E", bound=Edit)
 """A form of edit; a dictionary gives one for every module name."""
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How a model with some edits does.
+
+    Attributes:
+        probability: the forget set's per token, mean over sequences.
+        level: the wanted one, which may move with the edits (see `Goal.level_beside`).
+        gradients: layer -> gradient of the loss at these edits, for who advances by it.
+    """
+
+    probability: float
+    level: float
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def standing(problem: Problem) -> Standing:
+    """How the problem's model does as it is now."""
+    assert problem.goal is not None
+    probability = answer_probability(sequence_nll(problem.model, problem.forget))
+    return Standing(probability, problem.goal.level_beside(problem.model))
+
+
 def search(
     journal: Journal,
-    level: float,
     start: dict[str, E],
-    measure: Callable[[Mapping[str, E]], Feedback],
-    advance: Callable[[int, Feedback], dict[str, E]],
+    measure: Callable[[Mapping[str, E]], Standing],
+    advance: Callable[[int, Standing], dict[str, E]],
     steps: int,
     counts: int = 1,
     origin: dict[str, E] | None = None,
 ) -> dict[str, E]:
-    """Advance until the forget set's probability is at `level`, then land on it.
+    """Advance until the forget set's probability is at its level, then land on it.
 
     Args:
         journal: told of each step; `target["steps"]` becomes the number of steps taken.
-        level: wanted probability per token, mean over forget sequences.
         start: edits to begin with.
-        measure: how the forget set does with some edits.
-        advance: (number of the step, feedback at the present edits) -> the next edits.
+        measure: how the model does with some edits.
+        advance: (number of the step, how the present edits do) -> the next edits.
         steps: at most.
         counts: what one of these steps counts for in the report.
         origin: where `start` came from, if it may be beyond the level already.
@@ -43,21 +66,21 @@ def search(
         Edits that reach the level, or those of lowest probability where none did.
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: a probability or a level is NaN.
     """
     edits = best = start
     previous = start if origin is None else origin
     best_probability = math.inf
     for step in range(steps + 1):
         now = measure(edits)
-        if not math.isfinite(now.loss):
-            raise ValueError("the forget set's loss is not finite")
-        stage = f"descent, probability {now.probability:.3f} -> {level:.3f}"
+        if math.isnan(now.probability) or math.isnan(now.level):
+            raise ValueError("the probability of the forget set, or of unseen text, is NaN")
+        stage = f"descent, probability {now.probability:.3f} -> {now.level:.3f}"
         journal.tell(stage, step, steps)
         if now.probability < best_probability:
             best, best_probability = edits, now.probability
-        if now.probability <= level:
-            best = _land(journal, level, previous, edits, measure)
+        if now.probability <= now.level:
+            best = _land(journal, previous, edits, measure)
             break
         if step == steps:
             break
@@ -69,10 +92,9 @@ def search(
 
 def _land(
     journal: Journal,
-    level: float,
     before: dict[str, E],
     beyond: dict[str, E],
-    measure: Callable[[Mapping[str, E]], Feedback],
+    measure: Callable[[Mapping[str, E]], Standing],
 ) -> dict[str, E]:
     """The least part of the step that crossed the level which still reaches it (bisection)."""
     if not all(before[name].meets(edit) for name, edit in beyond.items()):
@@ -82,7 +104,8 @@ def _land(
         journal.tell("landing", done, LANDING_STEPS)
         share = (low + high) / 2
         edits = {name: before[name].toward(edit, share) for name, edit in beyond.items()}
-        if measure(edits).probability <= level:
+        now = measure(edits)
+        if now.probability <= now.level:
             high, best = share, edits
         else:
             low = share

@@ -6,13 +6,13 @@ unrounded model stops too early; INT8 takes nothing to speak of.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from libortho.base.streams import BaseStream
 from libortho.config import BaseConfig
 from libortho.layer import OrthoLinear
 from libortho.linear import install, read_linear
-from libortho.scoring import answer_probability, sequence_nll
 from libortho.solvers.problem import Problem
 
 
@@ -21,8 +21,9 @@ def is_coarse(base: BaseConfig) -> bool:
     return base.storage == "int4"
 
 
-def probability_as_stored(problem: Problem, bases: Mapping[str, BaseStream]) -> float:
-    """The forget set's probability per token where these are the bases of all layers."""
+@contextmanager
+def as_stored(problem: Problem, bases: Mapping[str, BaseStream]) -> Iterator[None]:
+    """The problem's model with these as the bases of all layers, within the block."""
     stored = {
         name: OrthoLinear.from_streams(bases[name], None, read_linear(layer, name)[1])
         for name, layer in problem.layers.items()
@@ -30,6 +31,6 @@ def probability_as_stored(problem: Problem, bases: Mapping[str, BaseStream]) -> 
     # Installed, not copied into the weights: those of a model on disk are read anew at every call.
     install(problem.model, stored)
     try:
-        return answer_probability(sequence_nll(problem.model, problem.forget))
+        yield
     finally:
         install(problem.model, problem.layers)
