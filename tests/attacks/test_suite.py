@@ -106,6 +106,16 @@ def test_steps_beside_the_reference(ours, theirs, value: float, holds: bool) -> 
     assert ("never recalls" in bar.bar) == (ours[1] and not theirs[1])
 
 
+@pytest.mark.parametrize("diverged", ["alpha 0", "reference"])
+def test_what_one_model_alone_has_is_not_withstood(diverged: str) -> None:
+    made = [Score(name, STEPS, 9.0, details={"reached": True}) for name in ("a", "b")]
+    held = {"alpha 0": made, "reference": made, diverged: made[:1]}
+    kept, alone = attack_bars({"relearning": scores(**held)})
+    assert kept.holds
+    assert alone.bar == "relearning: scores of one model alone (b)"
+    assert (alone.value, alone.holds) == (1, False)
+
+
 @pytest.mark.parametrize("file", [False, True])
 def test_a_score_that_is_not_finite_does_not_hold(file: bool, tmp_path: Path) -> None:
     """NaN of a perturbed model, which a file has as null."""

@@ -191,11 +191,21 @@ def attack_bars(results: Mapping[str, Mapping[str, Any]], who: str = BASE) -> li
 
 
 def _beside(attack: str, base: dict[str, Score], reference: dict[str, Score]) -> list[Bar]:
-    """The worst score of an attack, beside the reference's, of those that both models have."""
+    """The worst score of an attack, beside the reference's, of those that both models have.
+
+    What the base lacks it has not withstood, and steps that the reference lacks are beside nothing.
+    What else only the base has (an ortho file) is a matter of its own.
+    """
+    alone = [name for name in reference if name not in base]
+    alone += [n for n, own in base.items() if n not in reference and own.measure == STEPS]
     both = {name: (base[name], reference[name]) for name in base if name in reference}
     steps = {name: pair for name, pair in both.items() if pair[0].measure == STEPS}
     excess = {n: ours.value - theirs.value for n, (ours, theirs) in both.items() if n not in steps}
     found = [_steps(attack, steps)] if steps else []
+    if alone:
+        found.append(
+            at_most(f"{attack}: scores of one model alone ({', '.join(alone)})", len(alone), 0)
+        )
     if excess:
         name = max(excess, key=lambda n: _worst(excess[n]))
         margin = MEMBERSHIP_MARGIN if attack == "membership" else RECALL_MARGIN
