@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from libortho.data.sampling import evenly
@@ -49,8 +48,8 @@ of few directions ends flatter still than what it is fitted to; Min-K%++ would s
 temperature is seen, too: the model would be surer of the forget set than of unseen text."""
 
 DRIFT = 1.25
-"""Multiple of the level settled before the search, or part of it, that the level may move to with
-what the base makes of the unseen text. Beyond it, it is other than comparable."""
+"""Multiple of the settled level, or part of it, that the level may move to with what the base makes
+of the unseen text. Text that an edit moves further is not what was compared any more."""
 
 Earlier = Literal["rehearse", "rehearsed", "show", "trust"]
 """How a model from before the memorising is asked. "rehearse": a copy of it is fine-tuned for a
@@ -80,15 +79,16 @@ class Goal:
         level: wanted probability per token, mean over sequences, as far as it can be told before
             anything was edited.
         source: where the level comes from, for the report.
-        unseen: comparable text that the level was taken from; empty where it was not.
-        carry: a model's probability of the unseen text -> the level beside it.
+        unseen: half of the comparable text that the level was taken from, on which the drift is
+            measured; empty where it was not taken from any.
+        familiar: what the unedited model gives that half, a probability per token.
     """
 
     targets: list[Target]
     level: float
     source: str
     unseen: Sequence[Tokens] = ()
-    carry: Callable[[float], float] = float
+    familiar: float = math.nan
 
     def level_beside(self, model: PreTrainedModel) -> float:
         """The level, from what `model` as it is now, with its edits, makes of the unseen text.
@@ -98,8 +98,8 @@ class Goal:
         """
         if not self.unseen:
             return self.level
-        level = self.carry(answer_probability(sequence_nll(model, self.unseen)))
-        return min(max(level, self.level / DRIFT), self.level * DRIFT)
+        drift = answer_probability(sequence_nll(model, self.unseen)) / max(self.familiar, 1e-12)
+        return self.level * min(max(drift, 1 / DRIFT), DRIFT)
 
 
 def choose_goal(
@@ -132,7 +132,7 @@ def choose_goal(
         nll = DEFAULT_TARGET_NLL if target_nll is None else target_nll
         level, source = math.exp(-nll), f"{nll:.3g} nats per token"
     targets = targets_from_model_itself(model, forget, level)
-    return Goal(targets, level, source, unseen or ())
+    return Goal(targets, level, source, unseen or (), level)
 
 
 def check_guides(target_nll: float | None, before: object | None, unseen: object | None) -> None:
@@ -173,8 +173,7 @@ def _from_earlier_model(
         return Goal(targets, expected, source)
     _, stranger = _said(before, unseen, context)
     source += f" beside {stranger:.3f} on unseen text, which the model gives {level:.3f}"
-    carry = partial(carried_over, earlier=expected, earlier_unseen=stranger)
-    return Goal(targets, carry(level), source, unseen, carry)
+    return Goal(targets, carried_over(level, expected, stranger), source, unseen, level)
 
 
 def carried_over(unseen: float, earlier: float, earlier_unseen: float) -> float:

@@ -115,13 +115,13 @@ def _descend(
     few = len(problem.forget) <= FEW
     start = descent.edits()
 
-    def measure(edits: Mapping[str, LowRankEdit]) -> Standing:
+    def measure(edits: Mapping[str, LowRankEdit], level: float | None) -> Standing:
         # After an epoch that was far from the goal, what its steps saw on their way is near enough,
         # unless there are so few sequences that an epoch may go all the way.
         probability, fit.probability = fit.probability, math.nan
         if not few and probability > NEAR * goal.level:
             return Standing(probability, goal.level)
-        return _standing(problem, method, metrics, edits)
+        return _standing(problem, method, metrics, edits, level)
 
     return search(
         problem.journal,
@@ -165,6 +165,7 @@ def _standing(
     method: GeometricConfig,
     metrics: Mapping[str, Metric],
     edits: Mapping[str, LowRankEdit],
+    level: float | None = None,
 ) -> Standing:
     """How the model does with these edits, where the base is coarse as it is stored."""
     if is_coarse(method.base):
@@ -173,7 +174,7 @@ def _standing(
     else:
         edited = with_edits(problem.layers, edits)
     with edited:
-        return standing(problem)
+        return standing(problem, level)
 
 
 def _forget_moments(problem: Problem) -> dict[str, Gram]:

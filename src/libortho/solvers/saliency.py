@@ -97,15 +97,17 @@ def _descend(
     descent = MaskedDescent(problem.weights, entries, method.rate)
     retain = batches_of(problem.kept, method.retain_tokens, method.seed)
 
-    def measure(edits: Mapping[str, SparseEdit]) -> Standing:
+    def measure(edits: Mapping[str, SparseEdit], level: float | None) -> Standing:
         found = feedback(model, layers, problem.forget, goal.targets, edits, entries=entries)
         check_finite(found, "forget")
         if is_coarse(method.base):
             bases = {n: _base(weight, edits[n], method) for n, weight in problem.weights.items()}
             with as_stored(problem, bases):
-                return dataclasses.replace(standing(problem), gradients=found.gradients)
-        with with_edits(layers, edits):
-            return Standing(found.probability, goal.level_beside(model), found.gradients)
+                return dataclasses.replace(standing(problem, level), gradients=found.gradients)
+        if level is None:
+            with with_edits(layers, edits):
+                level = goal.level_beside(model)
+        return Standing(found.probability, level, found.gradients)
 
     def advance(step: int, now: Standing) -> dict[str, SparseEdit]:
         items = next(retain)

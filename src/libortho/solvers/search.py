@@ -35,17 +35,19 @@ class Standing:
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def standing(problem: Problem) -> Standing:
-    """How the problem's model does as it is now."""
+def standing(problem: Problem, level: float | None = None) -> Standing:
+    """How the problem's model does as it is now; the level is measured where it is not known."""
     assert problem.goal is not None
     probability = answer_probability(sequence_nll(problem.model, problem.forget))
-    return Standing(probability, problem.goal.level_beside(problem.model))
+    return Standing(
+        probability, problem.goal.level_beside(problem.model) if level is None else level
+    )
 
 
 def search(
     journal: Journal,
     start: dict[str, E],
-    measure: Callable[[Mapping[str, E]], Standing],
+    measure: Callable[[Mapping[str, E], float | None], Standing],
     advance: Callable[[int, Standing], dict[str, E]],
     steps: int,
     counts: int = 1,
@@ -56,7 +58,7 @@ def search(
     Args:
         journal: told of each step; `target["steps"]` becomes the number of steps taken.
         start: edits to begin with.
-        measure: how the model does with some edits.
+        measure: (edits, the level if it is known) -> how the model does with them.
         advance: (number of the step, how the present edits do) -> the next edits.
         steps: at most.
         counts: what one of these steps counts for in the report.
@@ -72,7 +74,7 @@ def search(
     previous = start if origin is None else origin
     best_probability = math.inf
     for step in range(steps + 1):
-        now = measure(edits)
+        now = measure(edits, None)
         if math.isnan(now.probability) or math.isnan(now.level):
             raise ValueError("the probability of the forget set, or of unseen text, is NaN")
         stage = f"descent, probability {now.probability:.3f} -> {now.level:.3f}"
@@ -80,7 +82,7 @@ def search(
         if now.probability < best_probability:
             best, best_probability = edits, now.probability
         if now.probability <= now.level:
-            best = _land(journal, previous, edits, measure)
+            best = _land(journal, now.level, previous, edits, measure)
             break
         if step == steps:
             break
@@ -92,9 +94,10 @@ def search(
 
 def _land(
     journal: Journal,
+    level: float,
     before: dict[str, E],
     beyond: dict[str, E],
-    measure: Callable[[Mapping[str, E]], Standing],
+    measure: Callable[[Mapping[str, E], float | None], Standing],
 ) -> dict[str, E]:
     """The least part of the step that crossed the level which still reaches it (bisection)."""
     if not all(before[name].meets(edit) for name, edit in beyond.items()):
@@ -104,8 +107,7 @@ def _land(
         journal.tell("landing", done, LANDING_STEPS)
         share = (low + high) / 2
         edits = {name: before[name].toward(edit, share) for name, edit in beyond.items()}
-        now = measure(edits)
-        if now.probability <= now.level:
+        if measure(edits, level).probability <= level:
             high, best = share, edits
         else:
             low = share
