@@ -26,7 +26,10 @@ def attack(
     retain: Annotated[Path, typer.Option(help="The same: what it still knows.")],
     holdout: Annotated[
         Path | None,
-        typer.Option(help="The same about what no model has seen; membership inference needs it."),
+        typer.Option(
+            help="The same about what no model has seen, nor the split (other ones than its "
+            "--unseen); membership inference needs it."
+        ),
     ] = None,
     reference: Annotated[
         str | None,
