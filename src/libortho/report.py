@@ -137,7 +137,9 @@ class SeparationReport:
             lists layers that the method left without an ortho part, and linear layers that were
             not targeted.)
         forget_ppl, retain_ppl: alpha ("0.0", "1.0") -> perplexity, empty where nothing was given.
-        target: what the search aimed at, in words and numbers.
+        target: what was aimed at, in words and numbers. "probability" is the forget set's per token
+            that is wanted at alpha 0, "reached_probability" what it is; a search that moved the
+            first with the unseen text has what it was before as "settled_probability".
         reached: False where the forget set could not be forgotten within the budget; None where no
             forget set was given, so that nothing is claimed of one.
         warnings: what a reader must not miss.
