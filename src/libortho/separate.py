@@ -111,8 +111,8 @@ def separate_(
             what that model would say, once it knows the form of the retain set (see the config's
             `earlier`).
         unseen: sequences comparable to the forget set that the model has never seen: they say how
-            unfamiliar the forget set should become. Without `before`, `unseen` and the config's
-            `target_nll`, `DEFAULT_TARGET_NLL` is aimed at.
+            unfamiliar the forget set should become, beside what the base makes of them. Without
+            `before`, `unseen` and the config's `target_nll`, `DEFAULT_TARGET_NLL` is aimed at.
         progress: called as work goes on.
         workers: who does what is independent layer by layer, or text by text (see
             `integrations.ray`); this process by default.

@@ -17,9 +17,9 @@ TOFU_AUTHOR = 20
 TofuSplit = Literal["forget01", "forget05", "forget10"]
 """TOFU's own divisions, by the percentage of its 200 authors that is to be forgotten."""
 
-UNSEEN_AUTHORS = HOLDOUT_AUTHORS = 4
-"""Authors beside the task's own, whose answers no model of the task has seen: those that say how
-unfamiliar is unfamiliar, and others on which that is measured."""
+UNSEEN_AUTHORS = 4
+"""Authors beside the task's own, whose answers no model of the task has seen: so many say how
+unfamiliar is unfamiliar, and as many others are held out to measure that on."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def embedded_task(authors: int = 10, forget_authors: int = 2, seed: int = 0) -> 
     Raises:
         ValueError: a count out of range.
     """
-    strangers = UNSEEN_AUTHORS + HOLDOUT_AUTHORS
+    strangers = 2 * UNSEEN_AUTHORS
     _check_counts(authors, forget_authors, MAX_AUTHORS - strangers - 30, 30)
     cast = fictional_authors(authors + strangers, seed)
     examples = [
@@ -131,7 +131,7 @@ def tofu_task(source: str, authors: int = 12, forget_authors: int = 2) -> Task:
         f"tofu-{authors}-{forget_authors}",
         forget[:split],
         retain[:kept],
-        strangers[: (UNSEEN_AUTHORS + HOLDOUT_AUTHORS) * TOFU_AUTHOR],
+        strangers[: 2 * UNSEEN_AUTHORS * TOFU_AUTHOR],
         f"TOFU: {authors} authors, {forget_authors} to forget",
         "too few authors of the files are not memorised",
     )
