@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import libortho
-from libortho.alpha import alpha_scope, ortho_layers
+from libortho.alpha import ortho_layers
 from libortho.base import check_width
 from libortho.calibration import not_finite
 from libortho.config import check_choice, to_dict
@@ -25,6 +25,7 @@ from libortho.data.tokens import Template, Tokens, holds_question
 from libortho.given import check_apart, check_outputs, checked_tokens, general_tokens
 from libortho.goal import Aiming, Earlier, check_guides, choose_goal
 from libortho.ignorant import check_trainable, exchange_, ignorant_model
+from libortho.judgement import judge
 from libortho.layer import OrthoLinear
 from libortho.linear import install, read_linear, select_linear
 from libortho.measures import measure_streams, untouched_layers
@@ -38,12 +39,6 @@ from libortho.workers import ThisProcess, Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-MOST_ABOVE = 0.05
-"""Probability above its target at which the forget set never counts as forgotten."""
-
-MOST_BELOW = 0.02
-"""Probability below the original's at which what was put back never counts as whole."""
 
 _NOT_FINITE = re.compile(r"\b(nan|inf)\b|not finite|non-finite", re.IGNORECASE)
 """In the message of whatever meets NaN or Inf first: this package, torch, or LAPACK."""
@@ -318,17 +313,10 @@ def _measure(
     model, journal = problem.model, problem.journal
     with journal.stage("measure"):
         measured = measure_streams(model, problem.forget, problem.retain, journal.tell)
-    values = [*measured.forget_ppl.values(), *measured.retain_ppl.values()]
-    if any(math.isnan(value) for value in values):
-        raise ValueError("the perplexity of the forget or retain set is NaN")
-    if problem.forget:
-        probability = measured.probability
-        with journal.stage("measure"), alpha_scope(model, 0.0):
-            level = None if problem.goal is None else problem.goal.level_beside(model)
-        reached = _judge(problem, config, probability["0.0"], probability["1.0"], level)
-    else:
-        reached = None
-        journal.target["aimed_at"] = "nothing: no forget set was given"
+        values = [*measured.forget_ppl.values(), *measured.retain_ppl.values()]
+        if any(math.isnan(value) for value in values):
+            raise ValueError("the perplexity of the forget or retain set is NaN")
+        reached = judge(problem, config.method, measured.probability)
     report = separation_report(model)
     skipped = report.skipped
     if problem.original is not None:
@@ -357,46 +345,6 @@ def _measure(
             "retain_sequences": len(problem.retain),
         },
     )
-
-
-def _judge(
-    problem: Problem, config: SeparationConfig, private: float, full: float, level: float | None
-) -> bool:
-    """Whether enough was forgotten; notes what that is, and warns where it was not.
-
-    `private` and `full` are the forget set's probability at alpha 0 and at alpha 1; `level` is what
-    it should be at alpha 0, where there is a goal.
-    """
-    goal, target = problem.goal, problem.journal.target
-    if goal is not None and isinstance(config.method, Aiming):
-        assert level is not None
-        tolerance = config.method.tolerance
-        aimed, wanted = goal.source, level
-        target["settled_probability"] = goal.level
-        reached = private <= wanted + min(tolerance * wanted, MOST_ABOVE)
-        target["tolerance"] = tolerance
-    elif problem.original is not None:
-        aimed, wanted = target["aimed_at"], target["probability"]
-        known = target["original_probability"]
-        # of a base that never saw the forget set one has to ask only whether that is true
-        reached = private <= wanted + MOST_ABOVE and wanted < 0.5 * known
-        if full < known - MOST_BELOW:
-            problem.journal.warnings.append(
-                f"the memory is NOT whole: probability per token {full:.3f} at alpha 1, of the "
-                f"original {known:.3f}; more epochs or a larger ortho_ratio would help"
-            )
-    else:
-        # the least one can ask of a method without an aim is that something was forgotten
-        aimed = "half the probability at alpha 1 (this method has no aim of its own)"
-        wanted = 0.5 * full
-        reached = private < wanted
-    target |= {"aimed_at": aimed, "probability": wanted, "reached_probability": private}
-    if not reached:
-        problem.journal.warnings.append(
-            f"the forget set is NOT forgotten: probability per token {private:.3f} "
-            f"at alpha 0, aimed at {wanted:.3f}"
-        )
-    return reached
 
 
 def separation_report(model: nn.Module) -> SeparationReport:

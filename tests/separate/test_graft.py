@@ -11,7 +11,7 @@ import torch
 
 from libortho import BaseConfig, GraftConfig, SeparationConfig, separate_
 from libortho.ignorant import exchange_, ignorant_model
-from libortho.separate import MOST_BELOW
+from libortho.judgement import MOST_BELOW
 from libortho.training import MemoriseConfig, memorise_
 
 TARGETS = ("up_proj", "down_proj")
