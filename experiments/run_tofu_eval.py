@@ -16,6 +16,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -158,7 +159,7 @@ def show(rows: list[dict[str, Any]], console: Console, *, by_sentence: bool) -> 
                 " / ".join(f"{row[k][str(a)]:.4g}" for a in reversed(ALPHAS))
                 for k in ("forget_ppl", "retain_ppl")
             ),
-            f"{growth[len(growth) // 2]:.2f}x, {growth[-1]:.2f}x",
+            f"{statistics.median(growth):.2f}x, {growth[-1]:.2f}x",
             f"{row['seconds']:.0f}",
             "[green]pass[/]" if not failed else "[red]fail:[/] " + "; ".join(failed),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,36 @@ def test_an_interrupted_fine_tune_ends_where_another_would(
     assert {stage.split(",")[0] for stage in stages} == {"epoch 4", "epoch 5", "epoch 6"}
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_dropout_goes_on_too_and_leaves_the_callers_draws_alone(
+    items, tmp_path: Path, monkeypatch
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    start = GPT2LMHeadModel(GPT2Config(vocab_size=64, bos_token_id=1, eos_token_id=2, **shape))
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+
+    def killed_in_epoch_three(stage: str, done: int, total: int) -> None:
+        if stage.startswith("epoch 3"):
+            raise KeyboardInterrupt
+
+    whole, resumed, other = (copy.deepcopy(start) for _ in range(3))
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    memorise_(whole, items, RECIPE)
+    assert torch.equal(torch.rand(3), expected)
+    with pytest.raises(KeyboardInterrupt):
+        memorise_(copy.deepcopy(start), items, RECIPE, killed_in_epoch_three, tmp_path / "state")
+    memorise_(resumed, items, RECIPE, state=tmp_path / "state")
+    memorise_(other, items, dataclasses.replace(RECIPE, seed=1))
+    pairs = list(zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert all(torch.equal(one, same) for one, same in pairs)
+    assert not torch.equal(
+        whole.transformer.h[0].mlp.c_fc.weight, other.transformer.h[0].mlp.c_fc.weight
+    )
 
 
 def test_without_a_state_nothing_is_written(tiny_llama, items, tmp_path: Path, monkeypatch) -> None:

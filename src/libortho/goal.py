@@ -79,9 +79,9 @@ class Goal:
         level: wanted probability per token, mean over sequences, as far as it can be told before
             anything was edited.
         source: where the level comes from, for the report.
-        unseen: half of the comparable text that the level was taken from, on which the drift is
-            measured; empty where it was not taken from any.
-        familiar: what the unedited model gives that half, a probability per token.
+        unseen: the comparable text that the level was taken from, on which the drift is measured;
+            empty where it was not taken from any.
+        familiar: what the unedited model gives it, a probability per token.
     """
 
     targets: list[Target]

@@ -33,6 +33,9 @@ Progress = Callable[[str, int, int], None]
 SAVE_SECONDS = 60.0
 """Least time between two saved states: a short fine-tune is repeated sooner than it is written."""
 
+EPOCHS = 1_000_003
+"""More than any fine-tune has, so that no two (seed, epoch) draw the same dropout."""
+
 
 @dataclass(frozen=True)
 class MemoriseConfig:
@@ -44,7 +47,7 @@ class MemoriseConfig:
         max_epochs: epochs after which it stops in any case.
         learning_rate: of AdamW (no weight decay), warmed up over the first epoch.
         batch_size: sequences per step.
-        seed: of the order of the data.
+        seed: of the order of the data, and of dropout in a model that has it.
     """
 
     target: float = 0.88
@@ -101,28 +104,42 @@ def memorise_(
         while epoch < config.max_epochs:
             epoch += 1
             probabilities: list[float] = []
-            for rows in shuffled_batches(items, config.batch_size, order):
-                step += 1
-                batch = collate(items, rows)
-                nll = token_nll(model, batch)
-                nll.mean().backward()
-                optimizer.step(config.learning_rate * min(1.0, step / steps_per_epoch))
-                probabilities += [
-                    math.exp(-float(answer.mean())) for answer in nll.detach().split(batch.counts)
-                ]
-                if progress:
-                    mean = sum(probabilities) / len(probabilities)
-                    progress(
-                        f"epoch {epoch}, answer probability {mean:.2f}",
-                        step,
-                        steps_per_epoch * config.max_epochs,
-                    )
+            with seeded_dropout(model, config.seed, epoch):
+                for rows in shuffled_batches(items, config.batch_size, order):
+                    step += 1
+                    batch = collate(items, rows)
+                    nll = token_nll(model, batch)
+                    nll.mean().backward()
+                    optimizer.step(config.learning_rate * min(1.0, step / steps_per_epoch))
+                    probabilities += [
+                        math.exp(-float(x.mean())) for x in nll.detach().split(batch.counts)
+                    ]
+                    if progress:
+                        mean = sum(probabilities) / len(probabilities)
+                        progress(
+                            f"epoch {epoch}, answer probability {mean:.2f}",
+                            step,
+                            steps_per_epoch * config.max_epochs,
+                        )
             if sum(probabilities) / len(probabilities) >= config.target:
                 break
             if state is not None and time.monotonic() - saved >= SAVE_SECONDS:
                 optimizer.save(state, {"epoch": epoch})
                 saved = time.monotonic()
     return epoch
+
+
+@contextmanager
+def seeded_dropout(model: nn.Module, seed: int, epoch: int) -> Iterator[None]:
+    """Dropout within the block depends on these two numbers alone.
+
+    So that a fine-tune that goes on from an epoch ends where an uninterrupted one does. The
+    caller's random state is left as it is.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)):
+        torch.manual_seed((seed * EPOCHS + epoch) % 2**63)
+        yield
 
 
 @contextmanager

@@ -181,5 +181,18 @@ def test_the_short_jobs_bars() -> None:
     rows = table()
     rows["alpha 0"]["forget_probability"] += limits(quick=True).forget_gap + 1e-3
     assert [bar.holds for bar in demo_bars(rows, 0.02)] == [True, False, True, True, True, False]
-    del rows["reference"], rows["alpha 1"]
-    assert len(demo_bars(rows, 0.005)) == 3
+    del rows["reference"]
+    without = demo_bars(rows, 0.005)
+    assert [bar.bar for bar in without] == [bar.bar for bar in found]
+    assert [bar.bar for bar in without if math.isnan(bar.value)] == [found[1].bar]
+    assert not without[1].holds
+
+
+def test_without_a_reference_nothing_is_called_forgotten() -> None:
+    rows = table()
+    del rows["reference"]
+    rows["alpha 0"] = dict(rows["full"])  # nothing was forgotten
+    known = {bar.bar: bar for bar in benchmark_bars(table(), 0.005, ["npo", "rmu"])}
+    for bar in benchmark_bars(rows, 0.005, ["npo", "rmu"]):
+        assert bar.bar in known
+        assert not (bar.holds and "reference" in bar.bar)

@@ -198,10 +198,21 @@ def test_a_killed_baseline_goes_on_where_it_was(job: TofuJob, tmp_path: Path, mo
             assert resumed["rows"]["npo"][measure] == value, measure
 
 
-def test_another_jobs_folder_is_refused(job: TofuJob, tmp_path: Path) -> None:
+def test_both_ends_of_alpha_are_measured(job: TofuJob) -> None:
+    with pytest.raises(ValueError, match=r"alphas=\(0.0,\): expected 0 and 1"):
+        dataclasses.replace(job, alphas=(0.0,))
+
+
+def test_another_jobs_folder_is_refused(
+    job: TofuJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_tofu(job, tmp_path / "run")
     with pytest.raises(FileExistsError, match="another job"):
-        run_tofu(dataclasses.replace(job, alphas=(0.0,)), tmp_path / "run")
+        run_tofu(dataclasses.replace(job, alphas=(0.0, 0.5, 1.0)), tmp_path / "run")
+    monkeypatch.setattr("libortho.evaluation.job.MEASURED_FORMAT", 1000)
+    with pytest.raises(FileExistsError, match="of another version"):
+        run_tofu(job, tmp_path / "run")
+    monkeypatch.undo()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match="not empty"):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from libortho.attacks.common import AttackData, Findings, Progress, Score, Subject
 from libortho.config import check_count, check_fraction, check_positive
-from libortho.data.sampling import evenly
+from libortho.data.sampling import even_index, evenly
 from libortho.data.tokens import Tokens, collate, encode
 from libortho.evaluation.metrics import loss_score, probability
 from libortho.scoring import sequence_nll, token_nll
@@ -116,7 +116,7 @@ def lessons_of(
     for share in config.shares:
         name = f"{share:.0%} of the forget set"
         count = max(1, round(share * len(forget)))
-        taught = {i * len(forget) // count for i in range(count)}
+        taught = set(even_index(len(forget), count))
         rest = [item for i, item in enumerate(forget) if i not in taught]
         if rest:
             lessons[name] = Lesson([forget[i] for i in sorted(taught)], rest)

@@ -25,6 +25,9 @@ from libortho.training import Progress
 BASE, REFERENCE, ORIGINAL = "alpha 0", "reference", "alpha 1"
 """The models that bars are about, by name."""
 
+ATTACKED_FORMAT = 2
+"""Raised when an attack measures the same model otherwise."""
+
 RECALL_MARGIN = 0.05
 MEMBERSHIP_MARGIN = 0.02
 INT4_SHIFT = 0.02
@@ -147,6 +150,7 @@ def _identity(
 
     return {
         "libortho": libortho.__version__,
+        "format": ATTACKED_FORMAT,
         "model": sources[BASE].folder,
         "methods": {name: dataclasses.asdict(config) for name, config in configs.items()},
         "seeds": [0],

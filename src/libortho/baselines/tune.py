@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ROUNDING = 0.01
+"""Probability above the level that a run which landed on it may be moved to by its storage."""
+
+
 @dataclass(frozen=True)
 class TuneConfig:
     """The budget.
@@ -60,8 +64,9 @@ class Candidate:
 
     Attributes:
         learning_rate: of this run.
-        steps, epochs, reached, diverged, training_seconds, measuring_seconds, peak_memory: as in
+        steps, epochs, diverged, training_seconds, measuring_seconds, peak_memory: as in
             `UnlearnOutcome`.
+        reached: the forget probability is at or below the level, up to `ROUNDING`.
         forget_probability, retain_probability: per token, fractions; NaN where it diverged so far.
         seconds: wall time, measurements included; at least the two above.
     """
@@ -149,16 +154,16 @@ def tune(
             stop_at,
             None if states is None else states / f"run-{number}",
         )
+        # A split is what is deployed of it: quantising moves it from where training landed.
+        forgotten = outcome.probability if report is None else report.target["reached_probability"]
         candidates.append(
             Candidate(
                 learning_rate=rate,
                 steps=outcome.steps,
                 epochs=outcome.epochs,
-                reached=bool(outcome.reached),
+                reached=forgotten <= stop_at + ROUNDING,
                 diverged=outcome.diverged,
-                forget_probability=outcome.probability
-                if report is None
-                else report.target["reached_probability"],
+                forget_probability=forgotten,
                 retain_probability=_probability(model, sample),
                 training_seconds=outcome.training_seconds,
                 measuring_seconds=outcome.measuring_seconds,

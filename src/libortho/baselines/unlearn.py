@@ -26,7 +26,7 @@ from libortho.data.tokens import Tokens, as_tokens, collate
 from libortho.files import replacing
 from libortho.memory import PeakMemory
 from libortho.scoring import answer_probability, sequence_nll
-from libortho.training import MasterWeights, Progress, shuffled_batches
+from libortho.training import MasterWeights, Progress, seeded_dropout, shuffled_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ class UnlearnConfig:
         landing_steps: bisections of the epoch that crossed `stop_at`: the model ends between its
             weights before and after that epoch, the least way along that still reaches the level.
             0 keeps what the epoch made.
-        seed: of the order of the data.
+        seed: of the order of the data, and of dropout in a model that has it.
     """
 
     objective: Objective = field(default_factory=NPO)
@@ -276,7 +276,6 @@ class _Run:
         more: dict[str, Any] = {
             "so_far": asdict(self.so_far),
             "order": self.order.getstate(),
-            "dropout": torch.get_rng_state(),
         }
         self.optimizer.save(self.state, more)
 
@@ -285,7 +284,6 @@ class _Run:
         held = self.optimizer.load(self.state)
         self.so_far = _SoFar(**held["so_far"])
         self.order.setstate(held["order"])
-        torch.set_rng_state(held["dropout"])
 
     @torch.no_grad()
     def take_up_end(self, ended: Path) -> None:
@@ -298,7 +296,7 @@ class _Run:
         config, so_far = self.config, self.so_far
         per_epoch = math.ceil(len(self.forget) / config.batch_size)
         so_far.epochs += 1
-        with self.clock("training"):
+        with self.clock("training"), seeded_dropout(self.model, config.seed, so_far.epochs):
             self.model.train()
             for rows in shuffled_batches(self.forget, config.batch_size, self.order):
                 partners = self.order.choices(range(len(self.retain)), k=len(rows))

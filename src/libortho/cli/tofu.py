@@ -55,8 +55,8 @@ def tofu(
     alpha: Annotated[
         str | None,
         typer.Option(
-            help="Where splits are measured, with commas; default: 0,0.25,0.5,0.75,1 with the "
-            "full suite, 0,1 with the quick one."
+            help="Where splits are measured, with commas, 0 and 1 among them; default: "
+            "0,0.25,0.5,0.75,1 with the full suite, 0,1 with the quick one."
         ),
     ] = None,
     suite: Annotated[

@@ -63,8 +63,10 @@ def parse_record(record: object, where: str) -> Example:
         raise DataError(
             f"{where}: expected 'text', or 'question' and 'answer'; the keys are: {keys}"
         )
-    perturbed = record.get("perturbed_answer", [])
-    if isinstance(perturbed, str):
+    perturbed = record.get("perturbed_answer")
+    if perturbed is None:
+        perturbed = []
+    elif isinstance(perturbed, str):
         perturbed = [perturbed]
     if not isinstance(perturbed, list) or not all(isinstance(p, str) for p in perturbed):
         raise DataError(f"{where}: 'perturbed_answer' is not a list of strings")

@@ -108,45 +108,54 @@ def over_seeds(each: Sequence[Sequence[Bar]]) -> list[Bar]:
 
 
 def demo_bars(rows: Mapping[str, Row], density: float) -> list[Bar]:
-    """The bars of the short job: probabilities alone."""
-    full, base, whole = rows["full"], rows.get("alpha 0"), rows.get("alpha 1")
+    """The bars of the short job: probabilities alone. The list is the same for every such job.
+
+    Args:
+        rows: with "full", "alpha 0" and "alpha 1", and "reference" where there is one.
+        density: ortho parameters over the targeted layers'.
+    """
+    full, base, whole = (rows[name] for name in ("full", "alpha 0", "alpha 1"))
     bounds = limits(quick=True)
-    # A model that never knew them has nothing to forget, and every bar below would be idle.
-    found = [at_least("full model: forget probability", full["forget_probability"], 0.9)]
-    if base and "reference" in rows:
-        gap = abs(base["forget_probability"] - rows["reference"]["forget_probability"])
-        found.append(
+    return [
+        # A model that never knew them has nothing to forget, and every bar below would be idle.
+        at_least("full model: forget probability", _value(full, "forget_probability"), 0.9),
+        at_most(
+            "alpha 0: forget probability, distance to the reference",
+            _gap(base, rows.get("reference", {}), "forget_probability"),
+            bounds.forget_gap,
+        ),
+        at_least(
+            "alpha 0: retain probability / full model's",
+            _ratio(_value(base, "retain_probability"), _value(full, "retain_probability")),
+            bounds.kept,
+        ),
+        *(
             at_most(
-                "alpha 0: forget probability, distance to the reference", gap, bounds.forget_gap
+                f"alpha 1: {part} probability, distance to the full model",
+                _gap(whole, full, f"{part}_probability"),
+                0.01,
             )
-        )
-    if base:
-        kept = base["retain_probability"] / full["retain_probability"]
-        found.append(at_least("alpha 0: retain probability / full model's", kept, bounds.kept))
-    if whole:
-        for part in ("forget", "retain"):
-            gap = abs(whole[f"{part}_probability"] - full[f"{part}_probability"])
-            found.append(
-                at_most(f"alpha 1: {part} probability, distance to the full model", gap, 0.01)
-            )
-    return [*found, _density(density)]
+            for part in ("forget", "retain")
+        ),
+        _density(density),
+    ]
 
 
 def benchmark_bars(rows: Mapping[str, Row], density: float, baselines: Sequence[str]) -> list[Bar]:
-    """The bars of the whole benchmark, for the main method. The list is the same for every job.
+    """The bars of the whole benchmark, for the main method; the same list for every such job.
 
     Args:
-        rows: with "full", "reference", "alpha 0" and "alpha 1".
+        rows: with "full", "alpha 0" and "alpha 1", and "reference" where there is one.
         density: ortho parameters over the targeted layers'.
         baselines: names of the rows that are to be beaten.
     """
     full, base, whole = (rows[name] for name in ("full", "alpha 0", "alpha 1"))
     bounds = limits(quick=False)
+    reference = rows.get("reference", {})
     others = [rows[name] for name in baselines if name in rows]
 
     def apart(what: str, measure: str, limit: float) -> Bar:
-        gap = abs(_value(base, measure) - _value(rows["reference"], measure))
-        return at_most(f"{what}, distance to the reference", gap, limit)
+        return at_most(f"{what}, distance to the reference", _gap(base, reference, measure), limit)
 
     def kept(what: str, measure: str) -> Bar:
         share = _ratio(_value(base, measure), _value(full, measure))
@@ -163,7 +172,7 @@ def benchmark_bars(rows: Mapping[str, Row], density: float, baselines: Sequence[
         *(apart(f"membership AUC, {attack}", auc, 0.05) for auc, attack in AUCS.items()),
         at_most(
             "perplexity of its answers under the pretrained model / the reference's",
-            _ratio(_value(base, "forget_fluency"), _value(rows["reference"], "forget_fluency")),
+            _ratio(_value(base, "forget_fluency"), _value(reference, "forget_fluency")),
             1.3,
         ),
         at_most(
@@ -193,6 +202,10 @@ def benchmark_bars(rows: Mapping[str, Row], density: float, baselines: Sequence[
 
 def _value(row: Row, measure: str) -> float:
     return float(row.get(measure, math.nan))
+
+
+def _gap(row: Row, other: Row, measure: str) -> float:
+    return abs(_value(row, measure) - _value(other, measure))
 
 
 def _ratio(value: float, whole: float) -> float:

@@ -20,6 +20,7 @@ from libortho.evaluation.metrics import (
     exact_memorization,
     extraction_strength,
     has_loop,
+    has_words,
     loss_score,
     membership_auc,
     min_k_plus_plus_score,
@@ -125,7 +126,9 @@ def membership(forget: Part, holdout: Part, attack: Attack, scored: Scored) -> E
         ]
         for name, part in (("forget", forget), ("holdout", holdout))
     }
-    auc = membership_auc(sides["forget"], sides["holdout"])
+    finite = all(map(math.isfinite, (*sides["forget"], *sides["holdout"])))
+    # A model that gives NaN is measured to the end all the same: its other entries say so.
+    auc = membership_auc(sides["forget"], sides["holdout"]) if finite else math.nan
     return {
         "forget": _scores(forget.index, sides["forget"]),
         "holdout": _scores(holdout.index, sides["holdout"]),
@@ -135,13 +138,18 @@ def membership(forget: Part, holdout: Part, attack: Attack, scored: Scored) -> E
 
 
 def rouge(part: Part, inputs: Sequence[str], said: Sequence[str]) -> Entry:
-    """ROUGE of each generated answer, prompt and both answers beside it; ROUGE-L recall on top."""
+    """ROUGE of each generated answer, prompt and both answers beside it; ROUGE-L recall on top.
+
+    NaN on top where no right answer has a word to ROUGE, which would make it 0 whatever was said.
+    """
     rows: list[Entry] = []
     for example, prompt, answer in zip(part.examples, inputs, said, strict=True):
         truth = example.answer.strip()
         texts = {"input": prompt, "ground_truth": truth, "generation": answer}
         rows.append({**rouge_scores(truth, answer), **texts})
-    return _entry(_mean([row["rougeL_recall"] for row in rows]), part.index, rows)
+    counts = any(has_words(row["ground_truth"]) for row in rows)
+    recall = _mean([row["rougeL_recall"] for row in rows]) if counts else math.nan
+    return _entry(recall, part.index, rows)
 
 
 def utility(logs: Mapping[str, Entry]) -> Entry:

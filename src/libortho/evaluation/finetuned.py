@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from libortho.data.tokens import Tokens
 from libortho.files import cache_dir, scratch, sweep, unfinished
@@ -24,6 +24,11 @@ from libortho.training import MemoriseConfig, Progress, memorise_
 
 CACHE_FORMAT = 1
 """Raised when `memorise_` changes what it makes of the same inputs."""
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.enc", "config.json")
+_SPEECH = ("generation_config.json", "*token*", "*.jinja", "vocab*", "merges.txt", "*.model")
+"""A folder's files that say what a model computes, and how text and tokens are made of each other,
+and where an answer ends."""
 
 
 def load_model(name: str, device_map: str | dict[str, str] | None = None) -> PreTrainedModel:
@@ -120,7 +125,7 @@ def digest_of(model: str, items: Sequence[Tokens], recipe: MemoriseConfig) -> st
     """What identifies a fine-tune: 20 hexadecimal digits."""
     described = {
         "format": CACHE_FORMAT,
-        "model": model_identity(model),
+        "model": _identity(model, _WEIGHTS),  # the tokenizer's part is in the items
         "items": [(item.ids, item.prompt) for item in items],
         "recipe": dataclasses.asdict(recipe),
     }
@@ -128,10 +133,20 @@ def digest_of(model: str, items: Sequence[Tokens], recipe: MemoriseConfig) -> st
 
 
 def model_identity(model: str) -> list[Any]:
-    """A hub name, or the names, sizes and times of a folder's weights and configuration."""
+    """What tells a model from another under the same name: its weights and how it speaks.
+
+    Of a hub name the commit, of a folder the names, sizes and times of its files.
+
+    Raises:
+        OSError: a hub name that is neither reachable nor cached.
+    """
+    return _identity(model, (*_WEIGHTS, *_SPEECH))
+
+
+def _identity(model: str, patterns: Sequence[str]) -> list[Any]:
     folder = Path(model)
     if not folder.is_dir():
-        return [model]
-    weights = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.enc", "config.json")
-    files = [file for pattern in weights for file in sorted(folder.glob(pattern))]
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return [model, getattr(config, "_commit_hash", None)]
+    files = dict.fromkeys(f for pattern in patterns for f in sorted(folder.glob(pattern)))
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -12,9 +12,9 @@ from libortho.baselines.registry import Baseline
 from libortho.baselines.tune import TuneConfig
 from libortho.data.tasks import Task
 from libortho.data.tokens import Template
-from libortho.evaluation.finetuned import model_identity
+from libortho.evaluation.finetuned import CACHE_FORMAT, model_identity
 from libortho.evaluation.folder import slug
-from libortho.evaluation.suite import SuiteConfig
+from libortho.evaluation.suite import MEASURED_FORMAT, SuiteConfig
 from libortho.separate import SeparationConfig
 from libortho.training import MemoriseConfig
 
@@ -30,7 +30,7 @@ class TofuJob:
             rows are called "alpha 0" and so on, and which the bars are about.
         recipe: of the fine-tunes.
         suite: what is measured of each model.
-        alphas: where splits are measured.
+        alphas: where splits are measured; 0 and 1, which all bars are about, are among them.
         template: how questions become prompts.
         reference: also fine-tune the reference.
         seeds: the whole is done once for each: order of the training data, randomness of methods.
@@ -71,6 +71,11 @@ class TofuJob:
                     "reference and alpha, that differ in more than spaces and hyphens"
                 )
             taken.add(file)
+        if not {0.0, 1.0} <= set(self.alphas):
+            raise ValueError(
+                f"alphas={self.alphas!r}: expected 0 and 1 among them, the two ends that a split "
+                "is judged at"
+            )
         if not self.seeds:
             raise ValueError("seeds is empty: expected at least one")
         if len(set(self.seeds)) != len(self.seeds):
@@ -90,6 +95,7 @@ def identity(job: TofuJob) -> dict[str, Any]:
     """What must be equal for a job to go on in a folder: all that its results depend on."""
     return {
         "libortho": libortho.__version__,
+        "formats": [CACHE_FORMAT, MEASURED_FORMAT],
         "model": job.model,
         "files": model_identity(job.model),  # a path stays when another model is put there
         "task": dataclasses.asdict(job.task),

@@ -16,19 +16,16 @@ from transformers import PreTrainedModel
 import libortho
 from libortho.data.tokens import Tokens, prompt_ids
 from libortho.evaluation.compare import with_reference
-from libortho.evaluation.finetuned import FineTuned, load_model
+from libortho.evaluation.finetuned import FineTuned, load_model, model_identity
 from libortho.evaluation.folder import JobFolder, read_evaluation, write_evaluation
 from libortho.evaluation.generation import greedy
 from libortho.evaluation.job import TofuJob
 from libortho.evaluation.rows import row_of
-from libortho.evaluation.suite import Evaluation, evaluate_suite
+from libortho.evaluation.suite import MEASURED_FORMAT, Evaluation, evaluate_suite
 from libortho.evaluation.suite_data import SuiteData
 from libortho.files import cache_dir
 from libortho.scoring import mean_token_kl
 from libortho.training import Progress
-
-MEASURED_FORMAT = 2
-"""Raised when the suite measures the same model otherwise."""
 
 QUICK_TOKENS = 32
 """Longest answer that the quick suite shows."""
@@ -80,6 +77,7 @@ class Measurements:
             libortho.__version__,
             made.folder.name,
             job.model,
+            model_identity(job.model),
             dataclasses.asdict(self._data),
             dataclasses.asdict(job.suite),
             job.template,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ UNMEASURED = " Dotted: between its two ends nothing was measured."
 TOP = 6.0
 """End of the axis of p-values: above 1, for a mark there to be whole."""
 
-_SPLITS = ((VERMILION, "o"), (ORANGE, "s"), (PURPLE, "D"), (SKY, "h"))
+_SPLITS = ((VERMILION, "o"), (ORANGE, "s"), (PURPLE, "D"), (SKY, "h"), (BLUE, "p"))
 _BASELINES = ("^", "X", "P", "v", "*", "d", "<", ">")
 
 
@@ -122,7 +123,7 @@ def _models(axes: Axes, rows: Rows, main: str, x: str, y: str, least: float = -m
     def at(row: Mapping[str, Any]) -> tuple[float, float]:
         return row.get(x, math.nan), max(row.get(y, math.nan), least)
 
-    for (colour, marker), (method, path) in zip(_SPLITS, paths.items(), strict=False):
+    for (colour, marker), (method, path) in zip(cycle(_SPLITS), paths.items(), strict=False):
         path = sorted(path, key=lambda step: step[0])
         xs, ys = zip(*(at(row) for _, row in path), strict=True)
         axes.plot(xs, ys, color=colour, ls=_path(xs), lw=1.6, marker=marker, ms=4, zorder=3)

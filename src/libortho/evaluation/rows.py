@@ -89,9 +89,9 @@ def row_of(logs: Mapping[str, Entry]) -> dict[str, Any]:
     What was not measured is left out.
     """
     row: dict[str, Any] = {
-        measure: float(logs[metric]["agg_value"])
+        measure: number(logs[metric]["agg_value"])
         for measure, metric in MEASURES.items()
-        if metric in logs and logs[metric]["agg_value"] is not None
+        if metric in logs
     }
     if "forget_truth_ratio" in logs:
         ratios = logs["forget_truth_ratio"]["value_by_index"]

@@ -148,7 +148,8 @@ class SeedRun:
             before = load_model(self.job.model)
             if config.earlier == "rehearse":  # what `separate_` would do by itself, but cached
                 items = evenly(self.retain, REHEARSED)
-                made = fine_tuned(self.job.model, items, REHEARSAL, "rehearsal", self.tell)
+                recipe = dataclasses.replace(REHEARSAL, seed=self.seed)
+                made = fine_tuned(self.job.model, items, recipe, "rehearsal", self.tell)
                 before, rehearsing = made.load(), number(made.seconds)
                 config = dataclasses.replace(config, earlier="rehearsed")
         # Of the sets, which are encoded already: said, so that the report has it.
@@ -184,8 +185,8 @@ class SeedRun:
     # -- baselines -----------------------------------------------------------------------------
 
     def _unlearn(self, name: str, baseline: Baseline, full: FineTuned) -> None:
-        """Tune a baseline to the level that the main method aimed at, and measure the best."""
-        level = float(self.separation["target"]["probability"])
+        """Tune a baseline to the level that the main method reached, and measure the best."""
+        level = float(self.separation["target"]["reached_probability"])
         states = self.store.states(self.seed, name)
 
         def make() -> PreTrainedModel:

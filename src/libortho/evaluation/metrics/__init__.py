@@ -18,7 +18,7 @@ from libortho.evaluation.metrics.membership import (
 )
 from libortho.evaluation.metrics.memorisation import exact_memorization, extraction_strength
 from libortho.evaluation.metrics.probability import normalised_probability, probability
-from libortho.evaluation.metrics.rouge import rouge_l_recall, rouge_scores
+from libortho.evaluation.metrics.rouge import has_words, rouge_l_recall, rouge_scores
 from libortho.evaluation.metrics.truth_ratio import (
     closer_to_one_better,
     forget_quality,
@@ -36,6 +36,7 @@ __all__ = [
     "extraction_strength",
     "forget_quality",
     "has_loop",
+    "has_words",
     "loss_score",
     "membership_auc",
     "min_k_plus_plus_score",

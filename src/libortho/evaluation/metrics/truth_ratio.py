@@ -50,7 +50,7 @@ def true_better(ratios: Sequence[float]) -> float:
     Raises:
         ValueError: no ratio.
     """
-    return mean([max(0.0, 1 - ratio) for ratio in ratios])
+    return mean([0.0 if ratio > 1 else 1 - ratio for ratio in ratios])  # NaN stays NaN
 
 
 def forget_quality(ratios: Sequence[float], reference: Sequence[float]) -> float:
