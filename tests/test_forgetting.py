@@ -234,6 +234,29 @@ def test_a_layer_without_part_in_the_prediction_is_named(tiny_llama, random_toke
         feedback(model, layers, items, random_targets(items), {})
 
 
+def test_targets_of_what_is_known_by_heart(tiny_llama, random_tokens) -> None:
+    """In fp32 such a token has all of the probability: what is wanted in its place is there yet."""
+    model = tiny_llama()
+    model.lm_head.weight.mul_(1000)
+    ids = list(random_tokens([9])[0].ids[:1])
+    while len(ids) < 9:
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    item = Tokens(tuple(ids))
+    assert float(sequence_nll(model, [item])[0].max()) == 0.0
+    for (target,) in (
+        targets_from_earlier_model(model, [item]),
+        targets_from_model_itself(model, [item], 0.05),
+    ):
+        ones = torch.ones(item.targets)
+        torch.testing.assert_close(target.probabilities.sum(1), ones, atol=1e-5, rtol=0)
+        others = model(input_ids=torch.tensor([ids])).logits[0, :-1].topk(2).indices[:, 1]
+        assert torch.equal(target.tokens[:, 1], others)
+    assert target.answer_probability == pytest.approx(0.05, rel=1e-3)
+    layers = select_linear(model, "down_proj")
+    found = feedback(model, layers, [item], [target], {})
+    assert any(g.norm() > 0 for g in found.gradients.values())
+
+
 # -- some entries, and what is to be kept ------------------------------------------
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TOP = 256
 """Entries kept of a target distribution; its tail is dropped and the rest renormalised."""
 
+SUREST = 1 - 1e-6
+"""Largest probability of a token in a target: nearer to 1, fp32 has no room for the others."""
 
 PRESSURE = 0.2
 MARGIN = 2.0
@@ -58,15 +60,18 @@ class Target:
         return math.exp(float(self.own.clamp_min(1e-12).double().log().mean()))
 
 
-def _keep_top(probabilities: Tensor, labels: Tensor) -> Target:
+def _keep_top(logits: Tensor, labels: Tensor) -> Target:
     """(targets, vocabulary) -> the own token's and the `TOP` largest other probabilities."""
-    own = probabilities.gather(1, labels.unsqueeze(1))
-    others = probabilities.scatter(1, labels.unsqueeze(1), 0.0)
+    labels = labels.unsqueeze(1)
+    own = logits.softmax(dim=1).gather(1, labels).clamp_max(SUREST)
+    # Among themselves, not what the own token leaves them: of one that is known by heart that is
+    # 0 in fp32, and a target may want the others in its place.
+    others = logits.scatter(1, labels, -math.inf).softmax(dim=1)
     top = others.topk(min(TOP, others.shape[1] - 1), dim=1)
-    scale = (1 - own) / top.values.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    shares = top.values / top.values.sum(dim=1, keepdim=True)
     return Target(
-        torch.cat((labels.unsqueeze(1), top.indices), dim=1).cpu(),
-        torch.cat((own, top.values * scale), dim=1).cpu(),
+        torch.cat((labels, top.indices), dim=1).cpu(),
+        torch.cat((own, (1 - own) * shares), dim=1).cpu(),
     )
 
 
@@ -88,9 +93,9 @@ def targets_from_earlier_model(
     shown = [Tokens(lead + item.ids, len(lead) + item.prompt) for item in items]
     result: dict[int, Target] = {}
     for batch in batches(shown):
-        probabilities = predicted_logits(before, batch).softmax(dim=1)
-        labels = batch.labels.to(probabilities.device)
-        parts = zip(probabilities.split(batch.counts), labels.split(batch.counts), strict=True)
+        logits = predicted_logits(before, batch)
+        labels = batch.labels.to(logits.device)
+        parts = zip(logits.split(batch.counts), labels.split(batch.counts), strict=True)
         for index, (rows, own) in zip(batch.index, parts, strict=True):
             result[index] = _keep_top(rows, own)
     return [result[i] for i in range(len(items))]
@@ -120,9 +125,9 @@ def targets_from_model_itself(
     """
     result: dict[int, Target] = {}
     for batch in batches(items):
-        probabilities = predicted_logits(model, batch).softmax(dim=1)
-        labels = batch.labels.to(probabilities.device)
-        parts = zip(probabilities.split(batch.counts), labels.split(batch.counts), strict=True)
+        logits = predicted_logits(model, batch)
+        labels = batch.labels.to(logits.device)
+        parts = zip(logits.split(batch.counts), labels.split(batch.counts), strict=True)
         for index, (rows, own) in zip(batch.index, parts, strict=True):
             result[index] = _lower(_keep_top(rows, own), items[index], level)
     return [result[i] for i in range(len(items))]
@@ -131,7 +136,7 @@ def targets_from_model_itself(
 def _lower(target: Target, item: Tokens, level: float) -> Target:
     asked = set(item.ids[1 : item.prompt])  # the first token alone is no question
     copied = torch.tensor([token in asked for token in item.ids[item.prompt :]])
-    own = target.own.clamp(1e-12, 1 - 1e-6)
+    own = target.own.clamp_min(1e-12)
 
     def lowered(ceiling: float) -> Tensor:
         return torch.where(copied, own, own.clamp_max(ceiling))
@@ -143,7 +148,7 @@ def _lower(target: Target, item: Tokens, level: float) -> Target:
         low, high = (low, middle) if mean > math.log(level) else (middle, high)
     wanted = lowered(math.exp(low))
     others = target.probabilities[:, 1:]
-    others = others * ((1 - wanted) / others.sum(dim=1).clamp_min(1e-12)).unsqueeze(1)
+    others = others * ((1 - wanted) / others.sum(dim=1)).unsqueeze(1)
     return Target(target.tokens, torch.cat((wanted.unsqueeze(1), others), dim=1))
 
 
