@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +15,9 @@ from libortho.linalg import (
     cholesky_,
     leading_factors,
     low_rank_part,
+    matmul_precision,
     randomized_low_rank_part,
+    seeded,
 )
 
 SHAPES = [(41, 9), (9, 41), (20, 20)]
@@ -149,3 +153,65 @@ def test_cholesky_checks_its_residual(monkeypatch) -> None:
     monkeypatch.setattr(linalg, "RESIDUAL", 0.0)
     with pytest.raises(ValueError, match="residual"):
         cholesky_(spread_out(64, 3.0, 0.0), 1e-3)
+
+
+# -- the process's settings --------------------------------------------------------
+
+
+def test_precision_of_products_beside_a_backends_own() -> None:
+    """A caller who has set one of torch's newer settings finds it as it was."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 brought these settings")
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        with matmul_precision(torch.ones(1, dtype=torch.bfloat16)):
+            assert matmul.fp32_precision == "bf16"
+        assert matmul.fp32_precision == "tf32"
+        with matmul_precision(torch.ones(1)):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_precision_of_products_in_two_threads() -> None:
+    before = torch.get_float32_matmul_precision()
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with matmul_precision(torch.ones(1, dtype=torch.bfloat16)):
+            inside.set()
+            leave.wait(5)
+
+    def ask() -> None:
+        with matmul_precision(torch.ones(1)):
+            seen.append(torch.get_float32_matmul_precision())
+
+    seen: list[str] = []
+    threads = [threading.Thread(target=hold), threading.Thread(target=ask)]
+    threads[0].start()
+    assert inside.wait(5)
+    threads[1].start()
+    threads[1].join(0.1)
+    leave.set()
+    for thread in threads:
+        thread.join(5)
+    assert seen == ["highest"]
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_seeded_draws_leave_the_callers_state_alone() -> None:
+    state = torch.get_rng_state()
+    with seeded(7, torch.device("cpu")):
+        first = torch.rand(3)
+    with seeded(7):
+        assert torch.equal(torch.rand(3), first)
+    with seeded(8):
+        assert not torch.equal(torch.rand(3), first)
+    with seeded(-1):  # any integer
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), first)

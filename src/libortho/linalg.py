@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 WIDE = 8192
 """Most columns that are factored in fp64: two fp64 copies take 1 GiB there."""
+
+_PRECISION = threading.Lock()
+"""Held while the precision of products is another one: it is the process's, not a thread's."""
 
 RESIDUAL = 1e-3
 """Relative error of L L^T v, for a random v, above which a factor in fp32 counts as failed."""
@@ -22,12 +28,49 @@ def matmul_precision(*factors: Tensor) -> Iterator[None]:
     Numbers that came as bf16 multiply exactly there and add up in fp32, at twice fp32's speed.
     """
     exact = all(factor.dtype == torch.bfloat16 for factor in factors)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if exact else "highest")
+    with _PRECISION:
+        restore = _set_precision(exact)
+        try:
+            yield
+        finally:
+            restore()
+
+
+def _set_precision(fast: bool) -> Callable[[], None]:
+    """Have fp32 products in bf16 units, or in fp32; returns what takes that back."""
     try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller has set a backend's own precision, which torch 2.9 brought
+        backends: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+        held = [backend.fp32_precision for backend in backends]
+        fastest = ("bf16", "tf32") if fast else ("ieee", "ieee")
+
+        def put(values: Sequence[str]) -> None:
+            for backend, value in zip(backends, values, strict=True):
+                backend.fp32_precision = value
+
+        put(fastest)
+        return functools.partial(put, held)
+    torch.set_float32_matmul_precision("medium" if fast else "highest")
+    return functools.partial(torch.set_float32_matmul_precision, before)
+
+
+@contextmanager
+def seeded(seed: int, *devices: torch.device) -> Iterator[None]:
+    """Draws within the block depend on `seed` alone; the caller's random states stay as they are.
+
+    Args:
+        seed: any integer.
+        devices: that are drawn on, beside the CPU; a CUDA device has its index.
+    """
+    used = sorted({d.index for d in devices if d.type == "cuda"})
+    with torch.random.fork_rng(used):
+        # not `torch.manual_seed`, which seeds every CUDA device there is
+        torch.default_generator.manual_seed(seed % 2**63)
+        for index in used:
+            with torch.cuda.device(index):
+                torch.cuda.manual_seed(seed % 2**63)
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def cholesky_(matrix: Tensor, shift: float) -> Tensor:
@@ -113,8 +156,7 @@ def randomized_low_rank_part(weight: Tensor, rank: int, *, seed: int = 0) -> Ten
     _check_rank(rank, weight)
     if rank == min(weight.shape):
         return weight.clone()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         columns = min(rank + 10, *weight.shape)
         u, s, v = torch.svd_lowrank(weight, q=columns, niter=4)
     return (u[:, :rank] * s[:rank]) @ v[:, :rank].T

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.tokens import Tokens, collate
 from libortho.files import replacing
+from libortho.linalg import seeded
 from libortho.scoring import token_nll
 
 if TYPE_CHECKING:
@@ -136,9 +137,7 @@ def seeded_dropout(model: nn.Module, seed: int, epoch: int) -> Iterator[None]:
     So that a fine-tune that goes on from an epoch ends where an uninterrupted one does. The
     caller's random state is left as it is.
     """
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(list(devices)):
-        torch.manual_seed((seed * EPOCHS + epoch) % 2**63)
+    with seeded(seed * EPOCHS + epoch, *{p.device for p in model.parameters()}):
         yield
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from libortho.config import check_count, check_positive
+from libortho.linalg import seeded
 from libortho.scoring import last_position
 
 
@@ -64,8 +65,7 @@ def sampled(
     check_positive("temperature", temperature)
     check_count("samples", samples, 1)
     repeated = [prompt for prompt in prompts for _ in range(samples)]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed, *{p.device for p in model.parameters()}):
         said = _answers(
             model, tokenizer, repeated, max_new_tokens, temperature, tokens_per_batch, progress
         )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from libortho.linalg import seeded
 from libortho.methods.edits import LowRankEdit, Metric, allocate
 
 
@@ -57,7 +58,7 @@ class Descent:
             n: torch.zeros(0, width, dtype=torch.float32, device=at[n])
             for n, (_, width) in shapes.items()
         }
-        self._devices = [device for device in set(at.values()) if device.type == "cuda"]
+        self._devices = set(at.values())
         self._optimizer: torch.optim.Adam | None = None
 
     def _whiten(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,8 +83,7 @@ class Descent:
             return
         length = fraction * loss / square
         factors, strengths = {}, {}
-        with torch.random.fork_rng(self._devices):
-            torch.manual_seed(self._seed)
+        with seeded(self._seed, *self._devices):
             for name, gradient in whitened.items():
                 update = gradient.mul_(-length).addmm_(
                     self._left[name].to(gradient), self._right[name].to(gradient)
