@@ -403,3 +403,22 @@ def test_int8_activations_refuse_other_bases() -> None:
     for layer in (half, grouped):
         with pytest.raises(ValueError, match="one scale a row"):
             set_int8_activations(layer)
+
+
+def test_inputs_that_are_not_contiguous(backend: str) -> None:
+    wide = torch.randn(2, 4, 256).bfloat16()
+    for strided in (wide[..., ::2], wide[:, ::2, :128], wide[..., :128].transpose(0, 1)):
+        assert not strided.is_contiguous()
+        operands = cases.make("int8", "low_rank", "1", 8, 128, 24, bias=True)
+        expected = operands(cpu.linear, strided.contiguous())
+        assert torch.equal(operands(cpu.linear, strided), expected)
+
+
+@pytest.mark.parametrize("in_features", [1, 2, 3, 17])
+def test_int8_activations_of_few_columns(backend: str, in_features: int) -> None:
+    x = torch.randn(5, in_features).bfloat16()
+    qdata = torch.randint(-127, 128, (7, in_features), dtype=torch.int8)
+    scale = torch.rand(7, 1) / 64
+    expected = reference.linear_int8_activations(x, qdata, scale)
+    found = cpu.linear_int8_activations(x, qdata, scale)
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)

@@ -124,3 +124,11 @@ def test_a_cast_of_the_model_leaves_the_data_alone(make, cast: str) -> None:
     for name, tensor in ortho.state_dict().items():
         assert tensor.dtype == before[name].dtype
         assert torch.equal(tensor, before[name])
+
+
+def test_a_value_beyond_the_range_of_its_dtype_is_refused() -> None:
+    matrix = torch.full((3, 4), 1e5)
+    mask = torch.eye(3, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"float16.*store it as float32"):
+        SparseOrtho.from_dense(matrix, mask, torch.float16)
+    assert SparseOrtho.from_dense(matrix, mask, torch.float32).numel == 3

@@ -107,6 +107,7 @@ def _with_torch(
     ortho: Sequence[Tensor],
     alpha: Tensor | None,
 ) -> Tensor:
+    x = x.contiguous()
     fits = qdata.dtype == torch.int8 and scale is not None and scale.shape[1] == 1
     # torch's kernel loads both with instructions that end the process where they are not aligned,
     # and weights that are mapped from a file stand wherever its header ends. So is each of their
@@ -141,6 +142,8 @@ def linear_int8_activations(
         return native.split_linear()(
             x.contiguous(), qdata, scale, None, bias, ortho, alpha, native.INT8_TILES
         )
+    if x.shape[-1] == 1:  # oneDNN's product of one column by one row is wrong (torch 2.13)
+        return reference.linear_int8_activations(x, qdata, scale, bias, ortho, alpha)
     codes, steps = reference.quantize_rows(x.reshape(-1, x.shape[-1]))
     sums = torch._int_mm(codes, qdata.T)
     y = (sums * steps * scale[:, 0]).to(x.dtype).reshape(*x.shape[:-1], -1)

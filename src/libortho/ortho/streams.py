@@ -66,7 +66,16 @@ class SparseOrtho(OrthoStream):
 
     @classmethod
     def from_entries(cls, places: Tensor, values: Tensor, shape: tuple[int, int]) -> SparseOrtho:
-        """Entries by their places row * in_features + column, (nnz,) int64, ascending."""
+        """Entries by their places row * in_features + column, (nnz,) int64, ascending.
+
+        Raises:
+            ValueError: a value is NaN or Inf, as one that is beyond the range of its dtype becomes.
+        """
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(
+                f"an ortho value is not finite in {values.dtype}: beyond its range, store it as "
+                "float32"
+            )
         counts = torch.bincount(places // shape[1], minlength=shape[0])
         crow = torch.zeros(shape[0] + 1, dtype=torch.int32, device=places.device)
         crow[1:] = counts.cumsum(0)
