@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from libortho.data.examples import Example
 from libortho.data.general import general_questions, general_text
 from libortho.data.sampling import spread
 from libortho.data.tokens import Template, Tokens, as_tokens, collate
-from libortho.scoring import check_vocabulary
+from libortho.scoring import check_vocabulary, context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,12 +32,6 @@ def check_outputs(model: PreTrainedModel, before: PreTrainedModel) -> None:
         )
 
 
-def _context(model: PreTrainedModel, before: PreTrainedModel | None) -> int:
-    """Tokens that both models take at once; what they do not say is without limit."""
-    told = [getattr(one.config, "max_position_embeddings", None) for one in (model, before) if one]
-    return min((context for context in told if context), default=sys.maxsize)
-
-
 def general_tokens(
     model: PreTrainedModel,
     before: PreTrainedModel | None,
@@ -52,7 +45,7 @@ def general_tokens(
         tokenizer: the model's.
         template: how questions become prompts; None for prose alone, where nothing is asked.
     """
-    longest = _context(model, before)
+    longest = context_length(model, before)
     items = spread([as_tokens(general_text(), "general text", tokenizer)], GENERAL_TOKENS)
     if template is not None:
         items += as_tokens(general_questions(), "general questions", tokenizer, template)
@@ -79,7 +72,7 @@ def checked_tokens(
             beyond the vocabulary.
     """
     result = as_tokens(items, label, tokenizer, template)
-    longest = _context(model, before)
+    longest = context_length(model, before)
     for position, item in enumerate(result):
         if len(item.ids) > longest:
             raise ValueError(

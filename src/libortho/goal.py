@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from libortho.data.sampling import evenly
@@ -20,7 +22,7 @@ from libortho.forgetting import (
     targets_from_earlier_model,
     targets_from_model_itself,
 )
-from libortho.scoring import answer_probability, sequence_nll
+from libortho.scoring import answer_probability, context_length, sequence_nll
 from libortho.training import MemoriseConfig, memorise_
 
 if TYPE_CHECKING:
@@ -163,7 +165,8 @@ def _from_earlier_model(
         # Only questions with answers have a form to be shown; plain text is taken as it comes.
         asked = any(item.prompt > 1 for item in forget)
         shots = [i for i in retain if asked and i.prompt > 1 and len(i.ids) <= SHOT_TOKENS]
-        context = evenly(shots, SHOTS)
+        asking = max(len(item.ids) for item in (*forget, *(unseen or ())))
+        context = _fitting(evenly(shots, SHOTS), context_length(before) - asking)
         source += f", shown {len(context)} retain examples"
     targets, expected = _said(before, forget, context)
     if earlier != "trust":
@@ -174,6 +177,12 @@ def _from_earlier_model(
     _, stranger = _said(before, unseen, context)
     source += f" beside {stranger:.3f} on unseen text, which the model gives {level:.3f}"
     return Goal(targets, carried_over(level, expected, stranger), source, unseen, level)
+
+
+def _fitting(shots: list[Tokens], room: int) -> list[Tokens]:
+    """As many of the shots, from the first on, as have room before any question."""
+    used = list(accumulate(len(shot.ids) for shot in shots))
+    return shots[: bisect_right(used, room)]
 
 
 def carried_over(unseen: float, earlier: float, earlier_unseen: float) -> float:

@@ -104,6 +104,12 @@ def last_position(model: PreTrainedModel) -> dict[str, Tensor]:
     return {"logits_to_keep": torch.tensor([-1], device=device_of(model.get_output_embeddings()))}
 
 
+def context_length(*models: PreTrainedModel | None) -> int:
+    """Tokens that all of these models take at once; what one does not say is without limit."""
+    told = [getattr(one.config, "max_position_embeddings", None) for one in models if one]
+    return min((context for context in told if context), default=sys.maxsize)
+
+
 def check_vocabulary(model: PreTrainedModel, batch: Batch) -> None:
     """Raise ValueError where an id is outside the model's embedding."""
     weight = model.get_input_embeddings().weight

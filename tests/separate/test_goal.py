@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
 
 from libortho import OrthoLinear, SeparationConfig, separate_
 from libortho.data.sampling import evenly
+from libortho.data.tokens import Tokens
 from libortho.forgetting import targets_from_earlier_model
 from libortho.goal import DRIFT, REHEARSAL, REHEARSED, choose_goal
 from libortho.training import memorise_
@@ -76,6 +78,20 @@ def test_an_earlier_model_is_asked_as_the_config_says(
     if earlier != "show":
         expected = known(m.before, m.forget)
         assert report.target["probability"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_examples_that_are_shown_leave_room_for_the_question(memorised) -> None:
+    m = memorised
+    m.before.config.max_position_embeddings = 40
+    long = [Tokens(item.ids * 2, item.prompt) for item in m.retain]
+    longest = max(len(item.ids) for item in m.forget)
+    assert 5 * len(long[0].ids) + longest > 40
+    goal = choose_goal(m.model, m.forget, long, before=m.before, earlier="show")
+    shown = int(re.search(r"shown (\d) retain", goal.source)[1])
+    assert shown == (40 - longest) // len(long[0].ids)
+    m.before.config.max_position_embeddings = longest
+    goal = choose_goal(m.model, m.forget, long, before=m.before, earlier="show")
+    assert "shown 0 retain" in goal.source
 
 
 def test_only_a_retrained_model_is_taken_at_its_word(memorised, known) -> None:
