@@ -15,6 +15,11 @@ MOST_ABOVE = 0.05
 MOST_BELOW = 0.02
 """Probability below the original's at which what was put back never counts as whole."""
 
+_MENDS = {
+    True: "more epochs or a larger ortho_ratio",  # what a base is grafted with
+    False: "a base in INT8, or in smaller groups",  # all that a split loses is rounding
+}
+
 
 def judge(problem: Problem, method: MethodConfig, probability: Mapping[str, float]) -> bool | None:
     """Whether enough was forgotten; the journal's target says what that is, a warning where not.
@@ -32,7 +37,14 @@ def judge(problem: Problem, method: MethodConfig, probability: Mapping[str, floa
     if not problem.forget:
         target["aimed_at"] = "nothing: no forget set was given"
         return None
-    private, full = probability["0.0"], probability["1.0"]
+    private, full, known = probability["0.0"], probability["1.0"], problem.known
+    assert known is not None
+    target["original_probability"] = known
+    if full < known - MOST_BELOW:
+        warnings.append(
+            f"the memory is NOT whole: probability per token {full:.3f} at alpha 1, of the "
+            f"original {known:.3f}; {_MENDS[problem.original is not None]} would help"
+        )
     if goal is not None and isinstance(method, Aiming):
         with alpha_scope(problem.model, 0.0):
             aimed, wanted = goal.source, goal.level_beside(problem.model)
@@ -41,14 +53,8 @@ def judge(problem: Problem, method: MethodConfig, probability: Mapping[str, floa
         reached = private <= wanted + min(method.tolerance * wanted, MOST_ABOVE)
     elif problem.original is not None:
         aimed, wanted = target["aimed_at"], target["probability"]
-        known = target["original_probability"]
         # of a base that never saw the forget set one has to ask only whether that is true
         reached = private <= wanted + MOST_ABOVE and wanted < 0.5 * known
-        if full < known - MOST_BELOW:
-            warnings.append(
-                f"the memory is NOT whole: probability per token {full:.3f} at alpha 1, of the "
-                f"original {known:.3f}; more epochs or a larger ortho_ratio would help"
-            )
     else:
         # the least one can ask of a method without an aim is that something was forgotten
         aimed = "half the probability at alpha 1 (this method has no aim of its own)"

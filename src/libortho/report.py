@@ -141,7 +141,7 @@ class SeparationReport:
             that is wanted at alpha 0, "reached_probability" what it is; a search that moved the
             first with the unseen text has what it was before as "settled_probability".
         reached: False where the forget set could not be forgotten within the budget; None where no
-            forget set was given, so that nothing is claimed of one.
+            forget set was given, or nothing was measured, so that nothing is claimed of one.
         warnings: what a reader must not miss.
         spectrum: layer -> energies of its directions, where the method is low-rank and knows them.
         seconds: stage -> seconds.
@@ -153,7 +153,7 @@ class SeparationReport:
     forget_ppl: dict[str, float] = field(default_factory=dict)
     retain_ppl: dict[str, float] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
-    reached: bool | None = True
+    reached: bool | None = None
     warnings: tuple[str, ...] = ()
     spectrum: dict[str, LayerSpectrum] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -161,7 +161,7 @@ class SeparationReport:
 
     def _norm_mean(self, attribute: str) -> float:
         # Layers are averaged by size; a large layer's error matters as much as it is large.
-        total = sum(layer.numel for layer in self.layers)
+        total = sum(layer.numel for layer in self.layers) or 1  # no layers, no error
         return sum(getattr(x, attribute) * x.numel for x in self.layers) / total
 
     @property
@@ -177,7 +177,8 @@ class SeparationReport:
     @property
     def density(self) -> float:
         """Ortho numbers over the parameters of all split layers."""
-        return sum(x.ortho_numel for x in self.layers) / sum(x.numel for x in self.layers)
+        total = sum(x.numel for x in self.layers) or 1
+        return sum(x.ortho_numel for x in self.layers) / total
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; the totals stand beside the layers."""

@@ -33,6 +33,7 @@ from libortho.methods import METHODS, method_of
 from libortho.methods.geometric import GeometricConfig
 from libortho.methods.graft import GraftConfig
 from libortho.report import SeparationReport, measure_layer
+from libortho.scoring import answer_probability, sequence_nll
 from libortho.solvers import SOLVERS, MethodConfig
 from libortho.solvers.problem import Journal, Problem, Progress
 from libortho.workers import ThisProcess, Workers
@@ -119,9 +120,10 @@ def separate_(
 
     Raises:
         ValueError: a set that is missing or empty, a text that is in two sets, a target that
-            matches nothing, NaN/Inf weights, a layer that is split already, a token id outside the
-            vocabulary, a budget too small for one direction or entry, a sequence of which the model
-            makes NaN or Inf (it and the first such layer are named).
+            matches nothing, the output layer where the method cannot split it, NaN/Inf weights, a
+            layer that is split already, a token id outside the vocabulary, a budget too small for
+            one direction or entry, a sequence of which the model makes NaN or Inf (it and the first
+            such layer are named).
         TypeError: a target that is not linear, or items of an unknown form.
     """
     if config is None:
@@ -142,6 +144,12 @@ def separate_(
     linears = {name: read_linear(layer, name) for name, layer in layers.items()}
     for name, (weight, _) in linears.items():
         check_width(weight.shape[1], config.method.base, name)
+        if solver.moments and layers[name] is model.get_output_embeddings():
+            able = [repr(method) for method in METHODS if not SOLVERS[METHODS[method]].moments]
+            raise ValueError(
+                f"{name} is the output layer, which method {method_of(config.method)!r} cannot "
+                f"split: choose other targets, or one of {', '.join(sorted(able))}"
+            )
 
     def tokens(items: Sequence[Any], label: str) -> list[Tokens]:
         return checked_tokens(model, before, items, label, tokenizer, config.template)
@@ -200,6 +208,9 @@ def separate_(
                         lambda stage, done, total: journal.tell(f"base: {stage}", done, total),
                     )
                 host_layers = select_linear(host, config.target_modules)
+            known = None
+            if forget_items:
+                known = answer_probability(sequence_nll(model, forget_items))
             hosted = {name: read_linear(layer, name) for name, layer in host_layers.items()}
             problem = Problem(
                 host,
@@ -212,11 +223,17 @@ def separate_(
                 journal,
                 workers or ThisProcess(),
                 None if host is model else model,
+                known,
             )
             splits = solver.solve(problem, config.method)
             new_layers = {}
             for name, (_, bias) in hosted.items():
                 split = splits.pop(name)
+                # a base that was made on another device comes to where the model's layer is
+                here = linears[name][0].device
+                split.base.to(here)
+                split.ortho.to(here)
+                bias = None if bias is None else bias.to(here)
                 # measured against the original, whatever the base was made of
                 report = measure_layer(name, method_of(config.method), linears[name][0], split)
                 new_layers[name] = OrthoLinear.from_streams(split.base, split.ortho, bias, report)

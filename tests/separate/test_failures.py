@@ -10,7 +10,9 @@ from torch import nn
 
 from libortho import (
     BaseConfig,
+    CurvatureConfig,
     GeometricConfig,
+    GraftConfig,
     OrthoLinear,
     SeparationConfig,
     SpectralConfig,
@@ -274,3 +276,22 @@ def test_what_stays_says_nothing_of_text_that_was_never_seen(
             tokenizer=tokenizer,
         )
     assert_unchanged(before, snapshot(model))
+
+
+@pytest.mark.parametrize("method", [CurvatureConfig, GeometricConfig, GraftConfig])
+def test_an_output_layer_that_a_method_cannot_split_is_refused_at_once(
+    memorised, method: type
+) -> None:
+    m = memorised
+    config = SeparationConfig(method(), target_modules=("lm_head",))
+    told: list[str] = []
+    with pytest.raises(ValueError, match=r"lm_head is the output layer.*'saliency', 'spectral'"):
+        separate_(
+            m.model,
+            m.forget,
+            m.retain,
+            config,
+            before=m.before,
+            progress=lambda stage, done, total: told.append(stage),
+        )
+    assert not told

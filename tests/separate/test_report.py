@@ -10,11 +10,14 @@ import re
 import pytest
 import torch
 
-from libortho import BaseConfig, alpha_scope, separate_, separation_report
+from libortho import BaseConfig, SpectralConfig, alpha_scope, separate_, separation_report
 from libortho.alpha import ortho_layers
 from libortho.base import quantize
+from libortho.judgement import judge
 from libortho.methods.edits import Metric
+from libortho.report import SeparationReport
 from libortho.scoring import perplexity, sequence_nll
+from libortho.solvers.problem import Journal, Problem
 
 
 def test_report(memorised, config, split_names) -> None:
@@ -136,3 +139,33 @@ def test_int8_reads_no_moment(memorised, monkeypatch, config) -> None:
     m = memorised
     monkeypatch.setattr(Metric, "moment", lambda self: pytest.fail("a product for nothing"))
     separate_(m.model, m.forget, m.retain, config())
+
+
+def test_nothing_is_claimed_that_was_not_measured(memorised, config) -> None:
+    m = memorised
+    assert separate_(m.model, m.forget, m.retain, config()).reached
+    assert separation_report(m.model).reached is None
+    assert not separation_report(m.model).target
+
+
+def test_a_report_of_no_layers_is_a_report() -> None:
+    report = SeparationReport(layers=())
+    assert report.to_dict()["totals"]["density"] == 0
+    assert "total (0)" in str(report)
+
+
+@pytest.mark.parametrize(("full", "said"), [(0.9, False), (0.889, False), (0.85, True)])
+def test_a_memory_that_the_split_did_not_keep_is_said(memorised, full: float, said: bool) -> None:
+    m = memorised
+    problem = Problem(m.model, {}, {}, m.forget, m.retain, [], None, Journal(), known=0.9)
+    reached = judge(problem, SpectralConfig(), {"0.0": 0.1, "1.0": full})
+    assert reached
+    assert any("memory is NOT whole" in text for text in problem.journal.warnings) == said
+    assert problem.journal.target["original_probability"] == 0.9
+
+
+def test_the_probability_before_the_split_is_in_the_report(memorised, config, known) -> None:
+    m = memorised
+    before = known(m.model, m.forget)
+    report = separate_(m.model, m.forget, m.retain, config())
+    assert report.target["original_probability"] == pytest.approx(before, rel=1e-5)

@@ -36,6 +36,8 @@ class Solver:
             model stay as they are.
         general: it looks at general text beside the retain set.
         forget_optional: it does without a forget set.
+        moments: it reads moments of what goes into a layer, which are not gathered of the model's
+            output layer: that is handed the positions that predict alone.
         shares: it hands independent work to a problem's workers.
         by_layer: (the method's config, module names) -> what splits each of them from its weight
             alone; None for a method that has to run the model.
@@ -44,14 +46,15 @@ class Solver:
     solve: Callable[[Problem, Any], dict[str, Split]]
     general: bool = True
     forget_optional: bool = False
+    moments: bool = False
     shares: bool = False
     by_layer: Callable[[Any, Sequence[str]], dict[str, LayerSolver]] | None = None
 
 
 SOLVERS: dict[type, Solver] = {
-    GeometricConfig: Solver(solve_geometric, shares=True),
-    GraftConfig: Solver(solve_graft),
+    GeometricConfig: Solver(solve_geometric, moments=True, shares=True),
+    GraftConfig: Solver(solve_graft, moments=True),
     SaliencyConfig: Solver(solve_saliency),
-    CurvatureConfig: Solver(solve_curvature, forget_optional=True),
+    CurvatureConfig: Solver(solve_curvature, forget_optional=True, moments=True),
     SpectralConfig: Solver(solve_spectral, general=False, shares=True, by_layer=spectral_layers),
 }

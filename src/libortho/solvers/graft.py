@@ -39,7 +39,8 @@ def solve_graft(problem: Problem, method: GraftConfig) -> dict[str, Split]:
     journal, original = problem.journal, problem.original
     assert original is not None
     budget = checked_budget(problem, method.ortho_ratio)
-    known = answer_probability(sequence_nll(original, problem.forget))
+    known = problem.known
+    assert known is not None
     ignorant = answer_probability(sequence_nll(problem.model, problem.forget))
     metrics = retain_metrics(problem, method.ridge, method.seed)
     bases: dict[str, BaseStream] = {}
@@ -59,7 +60,6 @@ def solve_graft(problem: Problem, method: GraftConfig) -> dict[str, Split]:
             journal.tell("spectrum", 1, 1)
     journal.target |= {
         "epochs": epochs,
-        "original_probability": known,
         "probability": ignorant,
         "aimed_at": "what a model says that was trained without the forget set",
     }

@@ -79,6 +79,8 @@ class Problem:
         journal: where the solver tells of its progress.
         workers: who does what is independent layer by layer, or text by text.
         original: the model that memorised, where `model` is one that did not.
+        known: the forget set's probability per token before the split, of the model that memorised;
+            None without such a set.
     """
 
     model: PreTrainedModel
@@ -91,6 +93,7 @@ class Problem:
     journal: Journal
     workers: Workers = field(default_factory=ThisProcess)
     original: PreTrainedModel | None = None
+    known: float | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
