@@ -5,7 +5,7 @@
 
 The splits are made as `libortho tofu --methods geometric,graft` makes them: of the embedded model,
 ten embedded authors, two to forget, or with --data of TOFU's first two forget authors and ten
-retain authors. Baselines are tuned to the level that the first split aimed at, as there. Fine-tunes
+retain authors. Baselines are tuned to the level that the first split reached, as there. Fine-tunes
 are cached; the splits, the baselines and each attack on each model are kept in --out, and a run
 that was killed goes on where it was. The bars are those of `libortho.attacks.suite`.
 """
@@ -62,7 +62,7 @@ class Models:
         self.splits = {
             name: store.split(self._seed, name, main=name == job.main) for name in job.methods
         }
-        self._level = float(report_of(self.splits[job.main])["target"]["probability"])
+        self._level = float(report_of(self.splits[job.main])["target"]["reached_probability"])
         self._tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
         self._retain, self._forget = (
             [encode(e, self._tokenizer, job.template) for e in part]
