@@ -18,9 +18,9 @@ import torch
 import libortho
 from libortho.base import check_width
 from libortho.checkpoint.atomic import check_writable
-from libortho.checkpoint.keys import current_access
 from libortho.checkpoint.names import PathLike
 from libortho.checkpoint.parts import LayerPart, Parts
+from libortho.checkpoint.sealed import sealing_key
 from libortho.checkpoint.skeleton import linear_shape
 from libortho.checkpoint.write import save_split
 from libortho.config import to_dict
@@ -98,7 +98,7 @@ def separate_streamed(
     }
     out = Path(out)
     folder = out.parent / f".{out.name}.unfinished"
-    key = current_access().find_key()
+    key = sealing_key()
     parts = Parts(folder, {**settings, "files": source.files()}, key)
     by_layer = SOLVERS[type(config.method)].by_layer
     assert by_layer is not None

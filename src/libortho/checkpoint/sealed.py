@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from libortho.checkpoint.keys import KEY_BYTES, VARIABLES, OrthoKey
+from libortho.checkpoint.keys import KEY_BYTES, VARIABLES, OrthoKey, current_access
 from libortho.errors import CheckpointError, LibOrthoError, OrthoLocked
 
 CIPHER: Literal["AES-256-GCM"] = "AES-256-GCM"
@@ -169,6 +169,19 @@ def _opened_chunks(
 
 def _nonce(index: int, chunks: int) -> bytes:
     return index.to_bytes(NONCE - 1, "big") + bytes([index == chunks - 1])
+
+
+def sealing_key() -> OrthoKey | None:
+    """The key in use here, if there is one: asked before the work, it cannot fail after it.
+
+    Raises:
+        ValueError, OSError: as `OrthoKey.from_environment`, or of the caller's own function.
+        LibOrthoError: there is a key, and the package that seals with it is not installed.
+    """
+    key = current_access().find_key()
+    if key is not None:
+        _aes(key.secret)
+    return key
 
 
 def _aes(key: bytes) -> Any:

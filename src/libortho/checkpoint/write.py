@@ -19,7 +19,7 @@ import libortho
 from libortho.alpha import ortho_layers
 from libortho.checkpoint.atomic import replacing
 from libortho.checkpoint.card import card_text
-from libortho.checkpoint.keys import OrthoKey, current_access, ortho_access
+from libortho.checkpoint.keys import OrthoKey, ortho_access
 from libortho.checkpoint.manifest import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -46,7 +46,7 @@ from libortho.checkpoint.names import (
 )
 from libortho.checkpoint.reports import report_text
 from libortho.checkpoint.schema import read_object
-from libortho.checkpoint.sealed import CIPHER, seal
+from libortho.checkpoint.sealed import CIPHER, seal, sealing_key
 from libortho.checkpoint.skeleton import build_skeleton, check_fit, computed_buffers
 from libortho.checkpoint.streams import ortho_names, storage_of, streams_of
 from libortho.checkpoint.tensorfile import METADATA, digest, read_entries, save_aligned
@@ -114,7 +114,7 @@ def save_split(
     folder = Path(folder)
     with ortho_access(key), replacing(folder, partial) as partial:
         # Before gigabytes are written: a key that cannot be read leaves nothing to write.
-        key_in_use = current_access().find_key() if kinds else None
+        key_in_use = sealing_key() if kinds else None
         _write_base(partial, base, stored, max_shard_size)
         written = read_base(partial)
         manifest = Manifest(

@@ -106,8 +106,7 @@ def attack(
             "seed": seed,
             "pretrained": None if pretrained is None else [pretrained, model_identity(pretrained)],
         }
-        results = run_folder(out)
-        with progress_bars() as progress:
+        with run_folder(out) as results, progress_bars() as progress:
             summary = run_attacks(
                 sources, tuple(manifest.layers), data, configs, results, progress, described
             )

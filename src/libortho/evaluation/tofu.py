@@ -22,7 +22,7 @@ import transformers
 from transformers import AutoTokenizer
 
 import libortho
-from libortho.checkpoint.keys import current_access
+from libortho.checkpoint.sealed import sealing_key
 from libortho.evaluation.bars import Bar, benchmark_bars, demo_bars, over_seeds
 from libortho.evaluation.folder import JobFolder
 from libortho.evaluation.job import TofuJob, identity
@@ -49,7 +49,7 @@ def run_tofu(job: TofuJob, folder: Path, progress: Progress | None = None) -> di
     """
     tell = progress or (lambda stage, done, total: None)
     started = time.perf_counter()
-    current_access().find_key()  # what saving would raise of it, before hours of work
+    sealing_key()  # what saving would raise of it, before hours of work
     store = JobFolder(folder, identity(job))
     tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=False)
     seeds = {}

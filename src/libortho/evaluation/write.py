@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import resources
 from itertools import count
 from pathlib import Path
@@ -25,10 +26,25 @@ SPEAKERS = {
 """Whose answers stand side by side in the report; the others' are folded away."""
 
 
-def run_folder(out: Path | None) -> Path:
-    """The folder for a job's results: `out`, or runs/<local time>, which is made and is new."""
+@contextmanager
+def run_folder(out: Path | None) -> Iterator[Path]:
+    """The folder for a job's results: `out`, or runs/<local time>, which is made and is new.
+
+    One that was made here does not stay where the block fails before anything is in it.
+    """
     if out is not None:
-        return out
+        yield out
+        return
+    folder = _new_run_folder()
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+        raise
+
+
+def _new_run_folder() -> Path:
     started = time.strftime("%Y-%m-%d-%H%M%S")
     for number in count(1):
         folder = Path("runs") / (started if number == 1 else f"{started}-{number}")

@@ -19,6 +19,7 @@ from libortho.checkpoint import (
     rotate_key,
     strip,
 )
+from libortho.checkpoint.sealed import sealing_key
 from libortho.errors import OrthoLocked
 
 pytest.importorskip("cryptography")
@@ -183,3 +184,7 @@ def test_without_the_package(saved: Path, locked: Path, monkeypatch: pytest.Monk
     load_split(saved)
     with pytest.raises(LibOrthoError, match=r"pip install 'libortho\[vault\]'"):
         load_split(locked, key=KEY)
+    # Not after the work whose result is to be written: where it begins.
+    assert sealing_key() is None
+    with ortho_access(KEY), pytest.raises(LibOrthoError, match="vault"):
+        sealing_key()

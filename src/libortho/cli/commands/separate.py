@@ -9,7 +9,7 @@ import typer
 from transformers import AutoTokenizer
 
 from libortho.checkpoint import check_writable, save_split
-from libortho.checkpoint.keys import current_access
+from libortho.checkpoint.sealed import sealing_key
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, progress_bars, say, write_json
 from libortho.cli.options import check_model
 from libortho.data.examples import read_jsonl
@@ -85,7 +85,7 @@ def run_separate(
     if before is None and config.earlier != SeparationConfig.earlier:
         raise ValueError(f"--earlier {config.earlier} without --before: there is no earlier model")
     check_writable(out)
-    current_access().find_key()
+    sealing_key()
     forget_set = None if forget is None else read_jsonl(forget)
     retain_set = read_jsonl(retain)
     unseen_set = None if unseen is None else read_jsonl(unseen)

@@ -73,8 +73,7 @@ def run_job(
         tuning=TuneConfig(max_epochs=baseline_epochs),
         wikitext=None if wikitext is None else read_words(wikitext),
     )
-    folder = run_folder(out)
-    with progress_bars() as progress:
+    with run_folder(out) as folder, progress_bars() as progress:
         summary = run_tofu(job, folder, progress)
     write_summary(summary, folder)
     write_json(json_file, summary)
