@@ -113,8 +113,9 @@ def choose_goal(
     unseen: Sequence[Tokens] | None = None,
     target_nll: float | None = None,
     earlier: Earlier = "rehearse",
+    rehearsal: MemoriseConfig = REHEARSAL,
 ) -> Goal:
-    """Settle the goal from what the caller has; see `separate_` for the arguments.
+    """Settle the goal from what the caller has; see `separate_` and `SeparationConfig`.
 
     Raises:
         ValueError: `target_nll` stands beside `before` or `unseen`, which say the same thing; or
@@ -128,7 +129,7 @@ def choose_goal(
         if math.isnan(level):
             raise ValueError("the unseen set's probability is NaN")
     if before is not None:
-        return _from_earlier_model(before, forget, retain, unseen, level, earlier)
+        return _from_earlier_model(before, forget, retain, unseen, level, earlier, rehearsal)
     source = "probability per token of comparable unseen text"
     if level is None:
         nll = DEFAULT_TARGET_NLL if target_nll is None else target_nll
@@ -150,6 +151,7 @@ def _from_earlier_model(
     unseen: Sequence[Tokens] | None,
     level: float | None,
     earlier: Earlier,
+    rehearsal: MemoriseConfig,
 ) -> Goal:
     source, context = "the earlier model", []
     if earlier == "rehearse":
@@ -159,7 +161,7 @@ def _from_earlier_model(
                 'fine-tune of all of them: give earlier="show", which takes no training'
             )
         before = copy.deepcopy(before)
-        memorise_(before, evenly(retain, REHEARSED), REHEARSAL)
+        memorise_(before, evenly(retain, REHEARSED), rehearsal)
         source += f", rehearsed on {min(REHEARSED, len(retain))} retain sequences"
     elif earlier == "show":
         # Only questions with answers have a form to be shown; plain text is taken as it comes.

@@ -23,7 +23,7 @@ from libortho.calibration import not_finite
 from libortho.config import check_choice, to_dict
 from libortho.data.tokens import Template, Tokens, holds_question
 from libortho.given import check_apart, check_outputs, checked_tokens, general_tokens
-from libortho.goal import Aiming, Earlier, check_guides, choose_goal
+from libortho.goal import REHEARSAL, Aiming, Earlier, check_guides, choose_goal
 from libortho.ignorant import check_trainable, exchange_, ignorant_model
 from libortho.judgement import judge
 from libortho.layer import OrthoLinear
@@ -36,6 +36,7 @@ from libortho.report import SeparationReport, measure_layer
 from libortho.scoring import answer_probability, sequence_nll
 from libortho.solvers import SOLVERS, MethodConfig
 from libortho.solvers.problem import Journal, Problem, Progress
+from libortho.training import MemoriseConfig
 from libortho.workers import ThisProcess, Workers
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class SeparationConfig:
             forget set holds questions, the embedded questions of common knowledge as well.
         earlier: how a model from before the memorising, if there is one, is asked what it would say
             (see `goal.Earlier`). "rehearse" takes the memory of a fine-tune.
+        rehearsal: recipe of the fine-tune that "rehearse" is. Its learning rate suits a model of a
+            hundred million parameters; for billions, 1e-5 to 2e-5 is usual. (That of graft's base
+            is its method's, `GraftConfig.training`.)
         template: how questions become prompts, where text is given. The report has it, and the
             commands ask the split in this form, so it is to be named where tokens are given, too.
     """
@@ -69,6 +73,7 @@ class SeparationConfig:
     target_modules: tuple[str, ...] = ("down_proj",)
     general_text: bool = True
     earlier: Earlier = "rehearse"
+    rehearsal: MemoriseConfig = REHEARSAL
     template: Template = "plain"
 
     def __post_init__(self) -> None:
@@ -193,6 +198,7 @@ def separate_(
                         unseen=unseen_items,
                         target_nll=config.method.target_nll,
                         earlier=config.earlier,
+                        rehearsal=config.rehearsal,
                     )
                     journal.tell("goal", 1, 1)
             host, host_layers = model, layers
@@ -356,6 +362,7 @@ def _measure(
             "target_modules": list(config.target_modules),
             "general_text": config.general_text,
             "earlier": config.earlier,
+            "rehearsal": to_dict(config.rehearsal),
             "template": template,
             "method": to_dict(config.method),
             "forget_sequences": len(problem.forget),

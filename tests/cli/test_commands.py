@@ -295,6 +295,8 @@ def test_not_forgotten_is_exit_status_3_and_said(folder: Path) -> None:
         (["--method", "graft", "--unseen", "u"], "--unseen: method graft does not look at it"),
         (["--earlier", "ask"], "--earlier 'ask': expected rehearse, show or trust"),
         (["--earlier", "show"], "--earlier show without --before: there is no earlier model"),
+        (["--learning-rate", "1e-5"], "--learning-rate: nothing is fine-tuned without --before"),
+        (["--learning-rate", "-1"], "learning_rate=-1.0: expected a finite number > 0"),
         (["--seed", 2**63], "--seed"),
         (["--device-map", "cuda:99"], "--device-map 'cuda:99': there is no such device here"),
         (["--device-map", "many"], "--device-map 'many': expected auto, balanced"),
@@ -519,7 +521,7 @@ def test_where_json_cannot_be_written_is_told_before_the_work(
     assert not (folder / "split").exists()
 
 
-@pytest.mark.parametrize("option", ["--earlier=show", "--template=chat"])
+@pytest.mark.parametrize("option", ["--earlier=show", "--template=chat", "--learning-rate=1e-5"])
 def test_what_a_streamed_split_does_not_look_at_is_refused(folder: Path, option: str) -> None:
     made = run(
         "separate", folder / "model", "--out", folder / "split", "--stream", "--method", "spectral",
@@ -528,6 +530,25 @@ def test_what_a_streamed_split_does_not_look_at_is_refused(folder: Path, option:
     assert made.exit_code == 2, made.output
     assert f"{option.partition('=')[0]} with --stream: it would not be looked at" in made.output
     assert not (folder / "split").exists()
+
+
+def test_the_learning_rate_of_all_fine_tunes(monkeypatch) -> None:
+    jobs: list[TofuJob] = []
+
+    def stop(job: TofuJob, *_: object) -> None:
+        jobs.append(job)
+        raise ValueError("stop")
+
+    monkeypatch.setattr("libortho.cli.commands.tofu.run_tofu", stop)
+    for arguments in ([], ["--learning-rate", "1e-5"]):
+        assert "stop" in run("tofu", "--methods", "geometric,graft,npo", *arguments).output
+    found = []
+    for job in jobs:
+        geometric, graft, npo = job.methods.values()
+        made = (job.recipe, geometric.rehearsal, graft.method.training)
+        found.append({recipe.learning_rate for recipe in made})
+        assert npo == jobs[0].methods["npo"]
+    assert found == [{2e-4}, {1e-5}]
 
 
 @pytest.mark.parametrize("option", ["--authors", "--forget-authors"])

@@ -94,6 +94,20 @@ def test_examples_that_are_shown_leave_room_for_the_question(memorised) -> None:
     assert "shown 0 retain" in goal.source
 
 
+def test_the_rehearsal_follows_its_recipe(memorised, config) -> None:
+    m = memorised
+    recipe = dataclasses.replace(REHEARSAL, learning_rate=1e-3, max_epochs=1)
+    whole = dataclasses.replace(config(target_nll=None), rehearsal=recipe)
+    rehearsed = copy.deepcopy(m.before)
+    memorise_(rehearsed, evenly(m.retain, REHEARSED), recipe)
+    expected = choose_goal(m.model, m.forget, m.retain, before=rehearsed, earlier="rehearsed")
+    usual = choose_goal(m.model, m.forget, m.retain, before=m.before)
+    report = separate_(m.model, m.forget, m.retain, whole, before=m.before)
+    assert report.target["settled_probability"] == pytest.approx(expected.level, rel=1e-5)
+    assert usual.level != pytest.approx(expected.level, rel=1e-3)
+    assert report.settings["rehearsal"]["learning_rate"] == 1e-3
+
+
 def test_only_a_retrained_model_is_taken_at_its_word(memorised, known) -> None:
     m = memorised
     wanted = {}

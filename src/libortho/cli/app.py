@@ -20,12 +20,14 @@ from libortho.cli.options import (
     DeviceMap,
     EarlierOption,
     Json,
+    LearningRate,
     Method,
     OrthoRatio,
     Seed,
     SplitTemplate,
     Targets,
     TemplateOption,
+    at_learning_rate,
     check_earlier,
     check_template,
     method_config,
@@ -99,6 +101,7 @@ def separate(
         typer.Option(help="The model before it memorised: the best guide to what to say instead."),
     ] = None,
     earlier: EarlierOption = "rehearse",
+    learning_rate: LearningRate = None,
     unseen: Annotated[
         Path | None,
         typer.Option(
@@ -161,6 +164,7 @@ def separate(
             earlier=check_earlier(earlier),
             template=check_template(template),
         )
+        config = at_learning_rate(config, learning_rate)
         if ray == "":
             raise ValueError(
                 "--ray '': expected the address of a cluster, such as 10.0.0.1:6379, or auto"
@@ -173,6 +177,7 @@ def separate(
                 "--before": before,
                 "--gather": gather,
                 "--device-map": device_map,
+                "--learning-rate": learning_rate,
                 "--earlier": None if earlier == SeparationConfig.earlier else earlier,
                 "--template": None if template == SeparationConfig.template else template,
             }

@@ -16,7 +16,9 @@ from libortho.data.tokens import Template
 from libortho.files import check_makeable
 from libortho.goal import Earlier
 from libortho.methods import METHODS
+from libortho.methods.graft import GraftConfig
 from libortho.methods.spectral import spectral_base
+from libortho.separate import SeparationConfig
 
 
 def _makeable(path: Path | None) -> Path | None:
@@ -66,6 +68,13 @@ EarlierOption = Annotated[
         "what is to be forgotten).",
     ),
 ]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Step size (AdamW) of the fine-tunes that are done here; 2e-4, which suits a model of "
+        "a hundred million parameters. For billions, 1e-5 to 2e-5 is usual."
+    ),
+]
 Base = Annotated[
     str, typer.Option(help="How the base is stored: int8, int4 (in groups of 64) or fp16.")
 ]
@@ -107,6 +116,18 @@ def method_config(
             raise ValueError(f"--target-nll: method {name} aims at no level")
         values["target_nll"] = target_nll
     return METHODS[name](**values)
+
+
+def at_learning_rate(config: SeparationConfig, rate: float | None) -> SeparationConfig:
+    """The config with this step size for whatever it fine-tunes, where one is given."""
+    if rate is None:
+        return config
+    method = config.method
+    if isinstance(method, GraftConfig):
+        training = dataclasses.replace(method.training, learning_rate=rate)
+        method = dataclasses.replace(method, training=training)
+    rehearsal = dataclasses.replace(config.rehearsal, learning_rate=rate)
+    return dataclasses.replace(config, method=method, rehearsal=rehearsal)
 
 
 def check_earlier(name: str) -> Earlier:

@@ -11,6 +11,7 @@ from libortho.cli.console import reporting_errors
 from libortho.cli.options import (
     Base,
     Json,
+    LearningRate,
     OrthoRatio,
     Seed,
     Targets,
@@ -49,6 +50,7 @@ def tofu(
             "are about it."
         ),
     ] = "geometric",
+    learning_rate: LearningRate = None,
     target: Targets = ["down_proj"],  # noqa: B006 - typer wants the default as a list
     ortho_ratio: OrthoRatio = 0.01,
     base: Base = "int8",
@@ -119,6 +121,7 @@ def tofu(
             alpha=alpha,
             wikitext=wikitext,
             baseline_epochs=baseline_epochs,
+            learning_rate=learning_rate,
             reference=reference,
             template=check_template(template),
             thorough=split is not None,

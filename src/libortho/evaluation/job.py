@@ -123,6 +123,6 @@ def seeded(method: Any, seed: int) -> Any:
         value = getattr(method, part.name)
         if part.name == "seed":
             changes["seed"] = seed
-        elif part.name in ("method", "training", "objective"):
+        elif part.name in ("method", "training", "rehearsal", "objective"):
             changes[part.name] = seeded(value, seed)
     return dataclasses.replace(method, **changes)

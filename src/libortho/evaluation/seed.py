@@ -25,7 +25,7 @@ from libortho.evaluation.finetuned import FineTuned, fine_tuned, load_model
 from libortho.evaluation.folder import JobFolder
 from libortho.evaluation.job import TofuJob, seeded
 from libortho.evaluation.measuring import Measurements
-from libortho.goal import REHEARSAL, REHEARSED, Aiming
+from libortho.goal import REHEARSED, Aiming
 from libortho.memory import PeakMemory
 from libortho.methods.graft import GraftConfig
 from libortho.separate import SeparationConfig, separate_
@@ -148,8 +148,7 @@ class SeedRun:
             before = load_model(self.job.model)
             if config.earlier == "rehearse":  # what `separate_` would do by itself, but cached
                 items = evenly(self.retain, REHEARSED)
-                recipe = dataclasses.replace(REHEARSAL, seed=self.seed)
-                made = fine_tuned(self.job.model, items, recipe, "rehearsal", self.tell)
+                made = fine_tuned(self.job.model, items, config.rehearsal, "rehearsal", self.tell)
                 before, rehearsing = made.load(), number(made.seconds)
                 config = dataclasses.replace(config, earlier="rehearsed")
         # Of the sets, which are encoded already: said, so that the report has it.

@@ -84,6 +84,10 @@ def run_separate(
             raise ValueError(f"{option}: method {method_of(config.method)} does not look at it")
     if before is None and config.earlier != SeparationConfig.earlier:
         raise ValueError(f"--earlier {config.earlier} without --before: there is no earlier model")
+    if config.rehearsal != SeparationConfig.rehearsal and (
+        before is None or config.earlier != "rehearse"
+    ):
+        raise ValueError("--learning-rate: nothing is fine-tuned without --before, rehearsed")
     check_writable(out)
     sealing_key()
     forget_set = None if forget is None else read_jsonl(forget)

@@ -13,7 +13,7 @@ from libortho.baselines.lora_null import LoraNullConfig
 from libortho.baselines.registry import BASELINES, Baseline, baseline
 from libortho.baselines.tune import TuneConfig
 from libortho.cli.console import EXIT_NOT_FORGOTTEN, console, progress_bars, say, write_json
-from libortho.cli.options import check_model, method_config
+from libortho.cli.options import at_learning_rate, check_model, method_config
 from libortho.config import BaseConfig, Storage
 from libortho.data.embedded import embedded_model_path
 from libortho.data.examples import read_words
@@ -27,6 +27,7 @@ from libortho.evaluation.tofu import run_tofu
 from libortho.evaluation.write import run_folder, write_summary
 from libortho.methods import METHODS
 from libortho.separate import SeparationConfig
+from libortho.training import MemoriseConfig
 
 ALPHAS = {"quick": "0,1", "full": "0,0.25,0.5,0.75,1"}
 
@@ -44,6 +45,7 @@ def run_job(
     alpha: str | None,
     wikitext: Path | None,
     baseline_epochs: int,
+    learning_rate: float | None,
     reference: bool,
     template: Template,
     thorough: bool,
@@ -64,7 +66,8 @@ def run_job(
     job = TofuJob(
         model=model or str(embedded_model_path()),
         task=task,
-        methods=_contenders(methods, targets, ortho_ratio, base),
+        methods=_contenders(methods, targets, ortho_ratio, base, learning_rate),
+        recipe=_recipe(learning_rate),
         suite=SuiteConfig(quick=kind == "quick", limit=limit),
         alphas=tuple(parse_alphas(alpha or ALPHAS[kind])),
         template=template,
@@ -106,8 +109,18 @@ def make_task(
     return tofu_task(data, authors, forget_authors)
 
 
+def _recipe(learning_rate: float | None) -> MemoriseConfig:
+    if learning_rate is None:
+        return MemoriseConfig()
+    return MemoriseConfig(learning_rate=learning_rate)
+
+
 def _contenders(
-    names: Sequence[str], targets: tuple[str, ...], ortho_ratio: float, base: str
+    names: Sequence[str],
+    targets: tuple[str, ...],
+    ortho_ratio: float,
+    base: str,
+    learning_rate: float | None,
 ) -> dict[str, SeparationConfig | Baseline]:
     found: dict[str, SeparationConfig | Baseline] = {}
     for name in names:
@@ -121,7 +134,8 @@ def _contenders(
             found[name] = config
         elif name in METHODS:
             method = method_config(name, ortho_ratio, 0, base)
-            found[name] = SeparationConfig(method=method, target_modules=targets)
+            split = SeparationConfig(method=method, target_modules=targets)
+            found[name] = at_learning_rate(split, learning_rate)
         else:
             known = ", ".join([*METHODS, *BASELINES])
             raise ValueError(f"--methods {name!r}: expected one of {known}")
