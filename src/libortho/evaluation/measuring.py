@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import libortho
+from libortho.data.sampling import evenly
 from libortho.data.tokens import Tokens, prompt_ids
 from libortho.evaluation.compare import with_reference
 from libortho.evaluation.finetuned import FineTuned, load_model, model_identity
@@ -31,7 +32,7 @@ QUICK_TOKENS = 32
 """Longest answer that the quick suite shows."""
 
 KL_SEQUENCES = 40
-"""Sequences of each set over which the distance to the full model is averaged."""
+"""Sequences of each set, evenly spread, over which the distance to the full model is averaged."""
 
 
 class Measurements:
@@ -163,7 +164,7 @@ class Measurements:
         if self._job.suite.quick and shown:
             evaluation.logs["forget_answers"] = self._answers(model)
         if full is not None:
-            items = [*self._forget[:KL_SEQUENCES], *self._retain[:KL_SEQUENCES]]
+            items = [*evenly(self._forget, KL_SEQUENCES), *evenly(self._retain, KL_SEQUENCES)]
             kl = mean_token_kl(full.load(), model, items)
             evaluation.logs["kl_to_full"] = {"agg_value": kl}
         return evaluation

@@ -32,7 +32,7 @@ from libortho.evaluation.text import text_windows
 from libortho.scoring import sequence_nll
 from libortho.training import Progress
 
-MEASURED_FORMAT = 2
+MEASURED_FORMAT = 3
 """Raised when the suite measures the same model otherwise."""
 
 NO_REFERENCE = "no reference model's logs were given"
