@@ -100,6 +100,19 @@ def test_the_job_measures_every_model(job: TofuJob, tmp_path: Path) -> None:
     assert "<img src=x" not in render_report(summary, [])
 
 
+def test_what_the_full_model_knows_best_is_shown_first(job: TofuJob, tmp_path: Path) -> None:
+    more = [example(f"who is {who} ?", f"the {who} house", "a garden") for who in ("he", "red")]
+    task = dataclasses.replace(job.task, forget=(*job.task.forget, *more))
+    job = dataclasses.replace(job, task=task, reference=False)
+    examples = run_tofu(job, tmp_path / "run")["examples"]
+    logs = JobFolder(tmp_path / "run", identity(job)).evaluation(0, "full").logs
+    known = logs["forget_Q_A_Prob"]["value_by_index"]
+    by_question = {e.question: known[str(i)]["prob"] for i, e in enumerate(task.forget)}
+    assert len(set(by_question.values())) == 3
+    surest = sorted(by_question, key=by_question.get, reverse=True)
+    assert [shown["question"] for shown in examples] == surest
+
+
 def test_results_are_in_openunlearnings_files(job: TofuJob, tmp_path: Path) -> None:
     rows = run_tofu(job, tmp_path / "run")["rows"]
     for row in rows:

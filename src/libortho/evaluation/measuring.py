@@ -135,7 +135,14 @@ class Measurements:
             self.rows[row] = {**self.rows[row], **row_of(evaluation.logs)}
 
     def examples(self) -> list[dict[str, str]]:
-        """The answers that are shown: of each question, the truth and what each model says."""
+        """The answers that are shown: of each question, the truth and what each model says.
+
+        What the full model knows best comes first: that tells what was forgotten from what is a
+        near tie, in which any rounding decides.
+        """
+        known = self.evaluations["full"].logs["forget_Q_A_Prob"]["value_by_index"]
+        shown = range(min(self._job.examples, len(self._job.task.forget)))
+        surest = sorted(shown, key=lambda position: -known[str(position)]["prob"])
         return [
             {
                 "question": example.question or "",
@@ -146,7 +153,8 @@ class Measurements:
                     if "alpha " not in row or row.endswith(("alpha 0", "alpha 1"))
                 },
             }
-            for position, example in enumerate(self._job.task.forget[: self._job.examples])
+            for position in surest
+            for example in [self._job.task.forget[position]]
         ]
 
     def _evaluate(
