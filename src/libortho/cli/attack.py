@@ -23,8 +23,8 @@ def attack(
     forget: Annotated[
         Path,
         typer.Option(
-            help='JSONL, {"question", "answer"} and TOFU\'s keys: what it forgot. Of a {"text"} only '
-            "what asks no question is tried."
+            help='JSONL, {"question", "answer"} and TOFU\'s keys: what it forgot. Of a {"text"} '
+            "only what asks no question is tried."
         ),
     ],
     retain: Annotated[Path, typer.Option(help="The same: what it still knows.")],

@@ -141,7 +141,12 @@ def check_model(option: str, name: str) -> None:
     expected = "expected the folder of a causal LM or its Hugging Face name"
     place = Path(name)
     if name and place.exists():
-        if not any((place / file).is_file() for file in (CONFIG, "adapter_config.json")):
+        if (place / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{option} {name!r} is a PEFT adapter (it holds adapter_config.json): merge it "
+                "first, by PEFT's merge_and_unload(), and save the model that this returns"
+            )
+        if not (place / CONFIG).is_file():
             raise ValueError(f"{option} {name!r} holds no {CONFIG}: {expected}")
         return
     try:
