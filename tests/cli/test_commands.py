@@ -248,6 +248,7 @@ def test_a_graft_on_an_earlier_model(folder: Path, tiny_llama, earlier: str) -> 
     card = (folder / "split" / "README.md").read_text()
     assert ("were made without what was forgotten" in card) == report["reached"]
     assert ("can undo the edit" in card) == (not report["reached"])
+    assert ("without any other model" in card) == (not report["reached"])
 
 
 def test_no_forget_set(folder: Path) -> None:
@@ -413,6 +414,15 @@ def test_every_command_explains_itself() -> None:
         assert shown.exit_code == 0
         assert "--json" in shown.output
         assert "--seed" in shown.output
+
+
+def test_help_says_what_a_model_is_made_of() -> None:
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run("separate", "--help").output).split())
+    assert "in bf16" in shown
+    # the fine-tune of a graft's base: libortho.training.MemoriseConfig
+    for part in ("AdamW at 0.0002", "batches of 8", "14 epochs", "0.88"):
+        assert part in shown
+    assert "on the CPU" in run("serve", "--help").output
 
 
 def test_the_version() -> None:

@@ -69,6 +69,8 @@ def attack(
 ) -> None:
     """Try to get back what a split model forgot, beside models that never knew it.
 
+    Models other than the split are loaded in bf16; all compute on the CPU, with eager attention.
+
     Writes attacks.json and attacks.png. Exits 3 if the base gives more away than the bars allow;
     the bars are set beside --reference, and without it there are numbers alone, and it exits 0.
     """

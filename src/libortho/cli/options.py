@@ -17,6 +17,7 @@ from libortho.files import check_makeable
 from libortho.goal import Earlier
 from libortho.methods import METHODS
 from libortho.methods.spectral import spectral_base
+from libortho.training import MemoriseConfig
 
 
 def _makeable(path: Path | None) -> Path | None:
@@ -57,13 +58,18 @@ Method = Annotated[
         "spectral (the original, data-free)."
     ),
 ]
+_TRAINING = MemoriseConfig()
+_RECIPE = (
+    f"AdamW at {_TRAINING.learning_rate:g}, batches of {_TRAINING.batch_size}, at most "
+    f"{_TRAINING.max_epochs} epochs, until the answers' probability is {_TRAINING.target:g}"
+)
 EarlierOption = Annotated[
     str,
     typer.Option(
         "--earlier",
         help="How --before is asked: rehearse (train a copy on --retain: for a moment, or with "
-        "--method graft to the end), show (some examples of it), or trust (it was trained without "
-        "what is to be forgotten).",
+        f"--method graft to the end: {_RECIPE}), show (some examples of it), or trust (it was "
+        "trained without what is to be forgotten: with --method graft, by your own trainer).",
     ),
 ]
 Base = Annotated[

@@ -181,5 +181,5 @@ def test_without_the_package(saved: Path, locked: Path, monkeypatch: pytest.Monk
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     load_split(saved)
-    with pytest.raises(LibOrthoError, match=r"pip install 'libortho\[vault\]'"):
+    with pytest.raises(LibOrthoError, match=r"pip install '\.\[vault\]'"):
         load_split(locked, key=KEY)
