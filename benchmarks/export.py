@@ -3,7 +3,9 @@
     python benchmarks/export.py SPLIT [--text forget.jsonl --text retain.jsonl] [--limit 20]
 
 SPLIT is that of the demo (`libortho tofu --out DIR` leaves it in DIR/split), whose forget and
-retain questions are asked; of another split, --text names files of its own. Every export is written to a temporary folder and read by the tool that it is for: transformers,
+retain questions are asked; of another split, --text names files of its own.
+
+Every export is written to a temporary folder and read by the tool that it is for: transformers,
 PEFT, or transformers' GGUF reader (the base alone: it reads no adapter).
 """
 
