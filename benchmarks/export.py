@@ -1,6 +1,9 @@
 """What each export costs: its answers' NLL beside those of LibOrtho itself, at alpha 0 and 1.
 
-    python benchmarks/export.py SPLIT --text forget.jsonl --text retain.jsonl [--limit 20]
+    python benchmarks/export.py SPLIT [--text forget.jsonl --text retain.jsonl] [--limit 20]
+
+SPLIT is that of the demo (`libortho tofu --out DIR` leaves it in DIR/split), whose forget and
+retain questions are asked; of another split, --text names files of its own.
 
 Every export is written to a temporary folder and read by the tool that it is for: transformers,
 PEFT, or transformers' GGUF reader (the base alone: it reads no adapter).
@@ -24,7 +27,10 @@ from libortho import alpha_scope
 from libortho.checkpoint import load_split
 from libortho.cli.console import write_json
 from libortho.data.examples import read_jsonl
+from libortho.data.sampling import evenly
+from libortho.data.tasks import embedded_task
 from libortho.data.tokens import Tokens, encode
+from libortho.evaluation.tofu import versions
 from libortho.export import (
     CompressedTensorsExport,
     DenseExport,
@@ -75,15 +81,19 @@ def read(folder: Path, **options: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("split", type=Path)
-    parser.add_argument("--text", type=Path, action="append", required=True, help="JSONL")
+    parser.add_argument("--text", type=Path, action="append", help="JSONL; default: the demo's")
     parser.add_argument("--limit", type=int, default=20, help="examples of each text")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.split)
     model = load_split(options.split)
+    task = embedded_task()
+    sets = {"forget": task.forget, "retain": task.retain}
+    if options.text:
+        sets = {path.stem: tuple(read_jsonl(path)) for path in options.text}
     texts = [
-        [encode(example, tokenizer) for example in read_jsonl(path)[: options.limit]]
-        for path in options.text
+        [encode(example, tokenizer) for example in evenly(examples, options.limit)]
+        for examples in sets.values()
     ]
     rows = []
     for alpha in (0.0, 1.0):
@@ -107,7 +117,7 @@ def main() -> None:
                             "megabytes": size / 1e6,
                         }
                     )
-    table = Table("export", "alpha", *(path.stem for path in options.text), "weights move", "MB")
+    table = Table("export", "alpha", *sets, "weights move", "MB")
     for row in rows:
         table.add_row(
             row["export"],
@@ -117,7 +127,8 @@ def main() -> None:
             f"{row['megabytes']:.1f}" if "megabytes" in row else "",
         )
     Console(width=120).print(table)
-    write_json(options.json, {"rows": rows})
+    questions = {name: len(items) for name, items in zip(sets, texts, strict=True)}
+    write_json(options.json, {"rows": rows, "questions": questions, "versions": versions()})
 
 
 if __name__ == "__main__":

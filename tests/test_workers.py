@@ -169,7 +169,7 @@ def test_methods_with_nothing_to_share(model: Path, tmp_path: Path, random_token
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install 'libortho\[scale\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[scale\]'"):
         RayWorkers("auto")
 
 

@@ -13,10 +13,23 @@ from libortho.data.tokens import Template, Tokens, as_tokens, collate
 from libortho.scoring import check_vocabulary, context_length
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GENERAL_TOKENS = 6_000
 """Tokens of general prose that are protected: several times a small model's layer width."""
+
+
+def check_merged(model: nn.Module, label: str) -> None:
+    """Raise ValueError where PEFT has put adapters on layers, which a saved split would lack."""
+    for name, module in model.named_modules():
+        # Told by its module, so that nothing here imports PEFT.
+        if type(module).__module__.partition(".")[0] == "peft":
+            place = f" at {name}" if name else ""
+            raise ValueError(
+                f"{label} has a PEFT adapter{place}, which would be lost: merge it first, by "
+                "merge_and_unload(), and split the model that this returns"
+            )
 
 
 def check_outputs(model: PreTrainedModel, before: PreTrainedModel) -> None:

@@ -22,7 +22,13 @@ from libortho.base import check_width
 from libortho.calibration import not_finite
 from libortho.config import check_choice, to_dict
 from libortho.data.tokens import Template, Tokens, holds_question
-from libortho.given import check_apart, check_outputs, checked_tokens, general_tokens
+from libortho.given import (
+    check_apart,
+    check_merged,
+    check_outputs,
+    checked_tokens,
+    general_tokens,
+)
 from libortho.goal import REHEARSAL, Aiming, Earlier, check_guides, choose_goal
 from libortho.ignorant import check_trainable, exchange_, ignorant_model
 from libortho.judgement import judge
@@ -126,9 +132,9 @@ def separate_(
     Raises:
         ValueError: a set that is missing or empty, a text that is in two sets, a target that
             matches nothing, the output layer where the method cannot split it, NaN/Inf weights, a
-            layer that is split already, a token id outside the vocabulary, a budget too small for
-            one direction or entry, a sequence of which the model makes NaN or Inf (it and the first
-            such layer are named).
+            layer that is split already, a PEFT adapter that is not merged, a token id outside the
+            vocabulary, a budget too small for one direction or entry, a sequence of which the model
+            makes NaN or Inf (it and the first such layer are named).
         TypeError: a target that is not linear, or items of an unknown form.
     """
     if config is None:
@@ -145,6 +151,9 @@ def separate_(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("a split needs gradients: call separate_ outside of inference_mode")
     journal = Journal(progress)
+    check_merged(model, "the model")
+    if before is not None and needs_before(config):
+        check_merged(before, "the earlier model")
     layers = select_linear(model, config.target_modules)
     linears = {name: read_linear(layer, name) for name, layer in layers.items()}
     for name, (weight, _) in linears.items():

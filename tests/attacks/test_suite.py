@@ -291,7 +291,55 @@ def test_a_base_alone_without_a_reference(world, files, tmp_path: Path) -> None:
     text = " ".join(made.output.split())
     assert "alpha 1 is not attacked" in text
     assert "no held-out questions were given" in text
-    assert "no bars" in text
+    assert "no bars: nothing is judged without --reference" in text
+
+
+@pytest.mark.parametrize("texts", ["some", "all"])
+def test_texts_without_a_question(
+    world, files, data, tmp_path: Path, monkeypatch, texts: str
+) -> None:
+    """What asks is not tried of them, and said so; the rest is."""
+    from libortho.attacks.extraction import ASKING, ExtractionConfig
+    from libortho.attacks.relearning import RelearningConfig
+
+    monkeypatch.setattr(
+        ExtractionConfig, "small",
+        lambda seed: ExtractionConfig(max_new_tokens=4, samples=2, best_of=(2,), seed=seed),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        RelearningConfig, "small", lambda seed: RelearningConfig(steps=2, retain_questions=2)
+    )
+    for name, file in files.items():
+        examples = getattr(data, name)
+        kept = [] if texts == "all" else file.read_text().splitlines()[1:]
+        told = [{"text": e.answer} for e in (examples if texts == "all" else examples[:1])]
+        file.write_text("\n".join([*map(json.dumps, told), *kept]))
+    made = run(
+        world.split, "--forget", files["forget"], "--retain", files["retain"],
+        "--holdout", files["holdout"], "--pretrained", world.pretrained, "--no-original",
+        "--out", tmp_path / "run", "--json", tmp_path / "x.json",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    count = "1 of 5 records has" if texts == "some" else "5 of 5 records have"
+    text = " ".join(made.output.split())
+    assert f"not tried extraction, {ASKING}: {count} no question (alpha 0)" in text
+    assert f"not tried probes, logit lens: {count} no question (alpha 0)" in text
+    assert "nothing is judged without --reference" in text
+    attacks = json.loads((tmp_path / "x.json").read_text())["attacks"]
+    tried = {
+        name: {score["name"]: score for score in result["scores"]["alpha 0"]}
+        for name, result in attacks.items()
+    }
+    prefix = tried["extraction"]["prefix of 50% of the answer"]["details"]
+    assert prefix["questions"] == 5
+    assert ("question" in tried["extraction"]) == (texts == "some")
+    assert {"loss", "answer alone"} <= set(tried["membership"])
+    assert ("question alone" in tried["membership"]) == (texts == "some")
+    asked = len(data.forget) + len(data.holdout)
+    said = "2 of 9 records have no question" if texts == "some" else f"{asked} of {asked} records"
+    assert attacks["membership"]["missing"]["alpha 0"]["question alone"].startswith(said)
+    assert tried["perturbation"]["unchanged"]["value"] > 0
+    assert tried["relearning"]
 
 
 def test_the_split_is_asked_in_its_own_form(world, files, tmp_path: Path, monkeypatch) -> None:

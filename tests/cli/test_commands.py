@@ -16,6 +16,7 @@ from libortho import separation_report
 from libortho.baselines.lora_null import LoraNullConfig
 from libortho.checkpoint import is_split, load_split, read_manifest
 from libortho.cli import app
+from libortho.cli.console import progress_bars
 from libortho.cli.options import split_template
 from libortho.errors import CheckpointError
 from libortho.evaluation.job import TofuJob
@@ -247,6 +248,7 @@ def test_a_graft_on_an_earlier_model(folder: Path, tiny_llama, earlier: str) -> 
     card = (folder / "split" / "README.md").read_text()
     assert ("were made without what was forgotten" in card) == report["reached"]
     assert ("can undo the edit" in card) == (not report["reached"])
+    assert ("without any other model" in card) == (not report["reached"])
 
 
 def test_no_forget_set(folder: Path) -> None:
@@ -416,6 +418,15 @@ def test_every_command_explains_itself() -> None:
         assert "--seed" in shown.output
 
 
+def test_help_says_what_a_model_is_made_of() -> None:
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run("separate", "--help").output).split())
+    assert "in bf16" in shown
+    # the fine-tune of a graft's base: libortho.training.MemoriseConfig
+    for part in ("AdamW at 0.0002", "batches of 8", "14 epochs", "0.88"):
+        assert part in shown
+    assert "on the CPU" in run("serve", "--help").output
+
+
 def test_the_version() -> None:
     shown = run("--version")
     assert (shown.exit_code, shown.output) == (0, f"libortho {libortho.__version__}\n")
@@ -458,6 +469,20 @@ def test_a_place_without_a_model_is_named_at_once(
     # nothing of the hub, which would be waited for
     assert said.endswith(f"{option} {name!r} {why}: {A_MODEL}")
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("also_a_model", [False, True])
+def test_an_adapter_is_no_model(folder: Path, also_a_model: bool) -> None:
+    """transformers would load it with its base, and the split would be saved without it."""
+    if not also_a_model:
+        (folder / "model" / "config.json").unlink()
+    (folder / "model" / "adapter_config.json").write_text("{}")
+    refused = separate(folder)
+    assert refused.exit_code == 2, refused.output
+    said = " ".join(refused.output.split())
+    assert "is a PEFT adapter (it holds adapter_config.json): merge it first" in said
+    assert "merge_and_unload()" in said
+    assert not (folder / "split").exists()
 
 
 def test_a_name_that_the_hub_does_not_know_is_named(folder: Path, monkeypatch) -> None:
@@ -600,3 +625,13 @@ def test_chat_without_standard_input_ends(folder: Path, monkeypatch) -> None:
 
 def _closed(*_: object) -> str:
     raise RuntimeError("input(): lost sys.stdin")
+
+
+@pytest.mark.parametrize(
+    ("stage", "shown"),
+    [("base INT8", "base INT8 ..."), ("full: epoch 3, answer probability 0.7", "full: epoch ...")],
+)
+def test_a_stage_keeps_its_name(stage: str, shown: str, capsys) -> None:
+    with progress_bars() as progress:
+        progress(stage, 0, 1)
+    assert capsys.readouterr().err.strip() == shown

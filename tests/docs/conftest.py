@@ -77,6 +77,7 @@ def _workshop(
         tokenizer.save_pretrained(folder / name)
         for parameter in model.parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)
+    shutil.copytree(folder / "PRETRAINED", folder / "RETRAINED")
     for name, records in {"secrets": FORGET, "keep": KEEP, "unseen": UNSEEN}.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(lines, "utf-8")
@@ -90,7 +91,7 @@ def _workshop(
 
 @pytest.fixture
 def workshop(_workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with MODEL, PRETRAINED, their split DIR, and three JSONL files.
+    """The working folder, with MODEL, PRETRAINED, RETRAINED, a split DIR, and three JSONL files.
 
     The embedded model is PRETRAINED here. All of it is a copy of one's own.
     """

@@ -47,6 +47,7 @@ OTHERS = {
     "curl": "asks a vLLM server: tests_vllm/test_server.py does",
     "git": "clones from the network",
     "llama-server": "not among the test's packages; tests/export/test_llama_cpp.py has the library",
+    "touch": "the shell's own",
     "pip": "installs from the network; extras are checked",
     "vllm": "2 GB in a venv of its own: `make test-vllm`",
 }

@@ -295,3 +295,20 @@ def test_an_output_layer_that_a_method_cannot_split_is_refused_at_once(
             progress=lambda stage, done, total: told.append(stage),
         )
     assert not told
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_adapter_that_is_not_merged_is_refused(
+    memorised, snapshot, config, assert_unchanged, wrapped: bool
+) -> None:
+    """Not on a targeted layer: nothing else would notice, and saving would leave it out."""
+    peft = pytest.importorskip("peft")
+    model = copy.deepcopy(memorised.model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    given = adapted if wrapped else adapted.get_base_model()
+    before = snapshot(given)
+    with pytest.raises(ValueError, match=r"the model has a PEFT adapter.*: merge it first"):
+        separate_(given, memorised.forget, memorised.retain, config())
+    assert_unchanged(before, snapshot(given))
+    merged = adapted.merge_and_unload()
+    assert separate_(merged, memorised.forget, memorised.retain, config()).layers

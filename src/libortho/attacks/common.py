@@ -99,15 +99,15 @@ class AttackData:
 
     Attributes:
         tokenizer: of all models.
-        forget: questions whose answers were to be forgotten.
-        retain: questions that every model memorised.
-        holdout: questions like these that no model has seen. May be empty.
+        forget: questions whose answers were to be forgotten, or plain texts.
+        retain: the same, that every model memorised.
+        holdout: the same, that no model has seen. May be empty.
         template: how a question becomes a prompt.
         pretrained: the public model before it memorised anything, or None.
         unrelated: running texts that have nothing to do with either.
 
     Raises:
-        ValueError: no forget or retain question, or an example without a question.
+        ValueError: an empty forget or retain set.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -120,19 +120,25 @@ class AttackData:
 
     def __post_init__(self) -> None:
         for name in ("forget", "retain", "holdout"):
-            examples = getattr(self, name)
-            if not examples and name != "holdout":
-                raise ValueError(f"the {name} set is empty: expected at least one question")
-            for position, example in enumerate(examples):
-                if example.question is None:
-                    raise ValueError(
-                        f"{name}[{position}] has no question ({example.answer[:40]!r}): the "
-                        "attacks ask questions"
-                    )
+            if not getattr(self, name) and name != "holdout":
+                raise ValueError(f"the {name} set is empty: expected at least one record")
 
     def encode(self, examples: Sequence[Example]) -> list[Tokens]:
-        """Questions with their answers, in tokens."""
+        """Questions with their answers, and plain texts, in tokens."""
         return [encode(example, self.tokenizer, self.template) for example in examples]
+
+
+def with_question(examples: Sequence[Example]) -> list[Example]:
+    """Those that can be asked: plain texts have no question."""
+    return [example for example in examples if example.question is not None]
+
+
+def note_texts(missing: dict[str, str], what: str, examples: Sequence[Example]) -> None:
+    """Note under `what` how many of some records have no question, if any has none."""
+    texts = len(examples) - len(with_question(examples))
+    if texts:
+        has = "has" if texts == 1 else "have"
+        missing[what] = f"{texts} of {len(examples)} records {has} no question"
 
 
 def question_of(example: Example) -> str:

@@ -30,6 +30,7 @@ from libortho.attacks.common import (
     Subject,
     question_of,
     weight_of,
+    with_question,
 )
 from libortho.attacks.names import names_in
 from libortho.config import check_count
@@ -154,11 +155,14 @@ def _readings(
             }
             auc, details = two_sided(rated[: len(forgotten)], rated[len(forgotten) :])
             results.append((reading, (auc, {**details, "ranks": ranks, "names": len(names)})))
-    if data.holdout:
-        asked = [question_of(e) for e in (*data.forget, *data.holdout)]
+    told_of, unseen = with_question(data.forget), with_question(data.holdout)
+    if told_of and unseen:
+        asked = [question_of(e) for e in (*told_of, *unseen)]
         rated = by_response(layers, _plain(asked, data), data)
-        count = len(data.forget)
+        count = len(told_of)
         results.append(("questions by response", two_sided(rated[:count], rated[count:])))
+    elif data.holdout:
+        results.append(("questions by response", "one of the two sets has no question"))
     else:
         results.append(("questions by response", "no held-out questions were given (--holdout)"))
     return results

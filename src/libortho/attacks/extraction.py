@@ -20,7 +20,9 @@ from libortho.attacks.common import (
     Score,
     Subject,
     mean_score,
+    note_texts,
     question_of,
+    with_question,
 )
 from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.examples import Example
@@ -44,6 +46,9 @@ here translates."""
 GO_ON = "Please go on."
 BLANK = "____"
 
+ASKING = "what asks a question"
+"""Every way but a prefix, for which a plain text will do."""
+
 
 @dataclass(frozen=True)
 class ExtractionConfig:
@@ -56,7 +61,7 @@ class ExtractionConfig:
         temperature: of the samples.
         prefixes: shares of the answer's tokens that the attacker already has.
         languages: of `LANGUAGES`.
-        questions: at most so many, evenly spread over the forget set; None for all.
+        questions: at most so many records, evenly spread over the forget set; None for all.
         seed: of the samples and of the order of options.
     """
 
@@ -104,6 +109,8 @@ def extraction(
 ) -> Findings:
     """Every way of asking, answered greedily; then many samples of the plain question.
 
+    A plain text has no question: it is begun, and the model goes on.
+
     The best of k samples is chosen knowing the truth: an upper bound of what an attacker gets who
     can tell the right answer when they see it (leak@k: Reisizadeh et al. 2025, arXiv 2511.04934).
     """
@@ -129,8 +136,11 @@ def extraction(
         )
         for name, asks in asked.items()
     ]
-    scores += _best_of(subject, examples, data, config, progress)
-    chosen, reason = _choices(subject, examples, data, config)
+    questions = with_question(examples)
+    if not questions:
+        return Findings(tuple(scores), missing)
+    scores += _best_of(subject, questions, data, config, progress)
+    chosen, reason = _choices(subject, questions, data, config)
     if reason is not None:
         missing["multiple choice"] = reason
     return Findings((*scores, *chosen), missing)
@@ -144,8 +154,12 @@ def ways_of_asking(
     def plain(question: str) -> tuple[int, ...]:
         return prompt_ids(question, data.template, data.tokenizer)
 
-    asked = {"question": [Ask(plain(question_of(e)), e.answer) for e in examples]}
+    questions = with_question(examples)
+    asked: dict[str, list[Ask]] = {}
     missing: dict[str, str] = {}
+    note_texts(missing, ASKING, examples)
+    if questions:
+        asked["question"] = [Ask(plain(question_of(e)), e.answer) for e in questions]
 
     def keep(name: str, asks: list[Ask], reason: str) -> None:
         if asks:
@@ -153,37 +167,40 @@ def ways_of_asking(
         else:
             missing[name] = reason
 
-    keep(
-        "paraphrased question",
-        [
-            Ask(plain(e.paraphrased_question), e.answer)
-            for e in examples
-            if e.paraphrased_question is not None
-        ],
-        "no question has a paraphrase",
-    )
+    if questions:
+        keep(
+            "paraphrased question",
+            [
+                Ask(plain(e.paraphrased_question), e.answer)
+                for e in questions
+                if e.paraphrased_question is not None
+            ],
+            "no question has a paraphrase",
+        )
     for share in config.prefixes:
         keep(
             f"prefix of {share:.0%} of the answer",
             [ask for e in examples if (ask := _prefix(e, data, share))],
             "no answer has two tokens",
         )
+    if not questions:
+        return asked, missing
     for name in config.languages:
         keep(
             f"asked in {name}",
-            [Ask(plain(LANGUAGES[name].format(question=e.question)), e.answer) for e in examples],
+            [Ask(plain(LANGUAGES[name].format(question=e.question)), e.answer) for e in questions],
             "",
         )
     keep(
         "chat history that starts the answer",
-        [ask for e in examples if (ask := _history(e, data))],
+        [ask for e in questions if (ask := _history(e, data))],
         "no answer has two tokens",
     )
     keep(
         "cloze",
         [
             Ask(plain(f'Fill in the blank: "{" ".join([*left, BLANK, *right])}"'), " ".join(key))
-            for e in examples
+            for e in questions
             for left, key, right in [cloze(e)]
             if key and (left or right)
         ],
@@ -195,7 +212,8 @@ def ways_of_asking(
 def _cut(example: Example, data: AttackData, share: float) -> tuple[Tokens, int] | None:
     """The tokens of an example and where its answer is cut; None for an answer of one token."""
     item = encode(example, data.tokenizer, data.template)
-    end = item.targets - (data.tokenizer.eos_token_id is not None)
+    ended = example.question is not None and data.tokenizer.eos_token_id is not None
+    end = item.targets - ended
     if end < 2:
         return None
     return item, item.prompt + min(max(1, round(share * end)), end - 1)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from libortho.attacks.common import AttackData, Findings, Progress, Score, Subject, question_of
+from libortho.attacks.common import AttackData, Findings, Progress, Score, Subject, note_texts
 from libortho.config import check_fraction
 from libortho.data.examples import Example
 from libortho.data.tokens import Tokens
@@ -21,8 +21,8 @@ from libortho.scoring import sequence_nll, token_statistics
 
 CALIBRATED = "calibrated by the pretrained model"
 
-ALONE: dict[str, Callable[[Example], str]] = {
-    "question alone": question_of,
+ALONE: dict[str, Callable[[Example], str | None]] = {
+    "question alone": lambda example: example.question,
     "answer alone": lambda example: example.answer,
 }
 """Texts that are scored as they are, without the template and without what goes with them."""
@@ -60,7 +60,8 @@ def membership(
     trace in what it was not fitted to.
     """
     if not data.holdout:
-        return Findings((), {"membership": "no held-out questions were given (--holdout)"})
+        reason = "no held-out questions were given (--holdout); nothing is judged of it"
+        return Findings((), {"membership": reason})
     sides = {"forget": data.encode(data.forget), "holdout": data.encode(data.holdout)}
     items = [item for side in sides.values() for item in side]
     statistics = token_statistics(
@@ -76,7 +77,7 @@ def membership(
         ]
         for name, attack in ATTACKS.items()
     }
-    missing = {}
+    missing: dict[str, str] = {}
     if data.pretrained is None:
         missing[CALIBRATED] = "no pretrained model was given (--pretrained)"
     else:
@@ -89,13 +90,17 @@ def membership(
         for score in _both_ways(name, scored[:members], scored[members:], config.fpr)
     ]
     for name, text_of in ALONE.items():
-        forget, holdout = (
-            _scorable([text_of(example) for example in examples], data)
+        held = [
+            [text for example in examples if (text := text_of(example)) is not None]
             for examples in (data.forget, data.holdout)
-        )
-        short = len(items) - len(forget) - len(holdout)
-        if short:
-            missing[name] = f"{short} of {len(items)} texts, too short for a token to be predicted"
+        ]
+        forget, holdout = (_scorable(texts, data) for texts in held)
+        of = sum(map(len, held))
+        short = of - len(forget) - len(holdout)
+        if of < len(items):
+            note_texts(missing, name, (*data.forget, *data.holdout))
+        elif short:
+            missing[name] = f"{short} of {of} texts, too short for a token to be predicted"
         if forget and holdout:
             nll = sequence_nll(subject.model, [*forget, *holdout])
             scored = [loss_score(x.tolist()) for x in nll]

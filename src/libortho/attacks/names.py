@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from libortho.attacks.common import question_of
 from libortho.data.examples import Example
 
 MOST_WORDS = 4
@@ -27,7 +26,7 @@ def names_in(examples: Sequence[Example]) -> list[str]:
     have it are then put aside. Strings in fewer than 3 examples, or in much fewer than the first
     one, are no names.
     """
-    left = [set(_strings(f"{question_of(e)} {e.answer}")) for e in examples]
+    left = [set(_strings(f"{e.question or ''} {e.answer}")) for e in examples]
     names: list[str] = []
     most = 0
     while left:

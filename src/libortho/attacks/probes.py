@@ -23,7 +23,9 @@ from libortho.attacks.common import (
     Score,
     Subject,
     mean_score,
+    note_texts,
     question_of,
+    with_question,
 )
 from libortho.config import check_count, check_fraction, check_positive
 from libortho.data.examples import Example
@@ -91,11 +93,13 @@ def probes(
             _trained_on_retain(forget, retain, config),
             _cross_validated(forget, config),
         ]
-    lens = _lens(subject.model, data)
-    if lens is None:
-        missing[LENS] = f"{type(subject.model).__name__} has no final norm that is known here"
-    else:
+    asked = with_question(data.forget)
+    note_texts(missing, LENS, data.forget)
+    lens = _lens(subject.model, asked, data) if asked else None
+    if lens is not None:
         scores.append(lens)
+    elif asked:
+        missing[LENS] = f"{type(subject.model).__name__} has no final norm that is known here"
     progress("probe", 3, 3)
     return Findings(tuple(scores), missing)
 
@@ -287,7 +291,7 @@ def _final_norm(model: PreTrainedModel) -> nn.Module | None:
 
 
 @torch.no_grad()
-def _lens(model: PreTrainedModel, data: AttackData) -> Score | None:
+def _lens(model: PreTrainedModel, examples: Sequence[Example], data: AttackData) -> Score | None:
     """Reciprocal rank of the telling token at the layer where it stands highest.
 
     The layer is the best one for this model on these very questions, an oracle's choice: an upper
@@ -296,7 +300,7 @@ def _lens(model: PreTrainedModel, data: AttackData) -> Score | None:
     norm, head = _final_norm(model), model.get_output_embeddings()
     if norm is None:
         return None
-    items, places = zip(*[telling_token(e, data) for e in data.forget], strict=True)
+    items, places = zip(*[telling_token(e, data) for e in examples], strict=True)
     # The state that predicts a token stands one before it.
     states = states_at(model, items, [place - 1 for place in places])
     wanted = torch.tensor([item.ids[place] for item, place in zip(items, places, strict=True)])

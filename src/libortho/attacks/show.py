@@ -41,7 +41,11 @@ def print_attacks(summary: dict[str, Any], console: Console) -> None:
             highlight=False,
         )
     if not summary["bars"]:
-        console.print("no bars: they need --reference, a model that never saw the forget set")
+        console.print(
+            "no bars: nothing is judged without --reference, a model that never saw the forget set",
+            soft_wrap=True,
+            highlight=False,
+        )
     for told in _reasons(summary):
         console.print(f"[dim]not tried[/]  {escape(told)}", soft_wrap=True, highlight=False)
 

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _LIMITS = (
-    "What alpha 0 does not say was measured, not proved. Whoever has these weights and the public "
-    "model from which this one was fine-tuned can undo the edit: LibOrtho's threat model says how."
+    "What alpha 0 does not say was measured, not proved. An edit masks: whoever has these weights "
+    "and the public model from which this one was fine-tuned can undo the edit; and training them "
+    "on some of what was forgotten can bring back more of it, without any other model. LibOrtho's "
+    "threat model has the numbers."
 )
 
 _GRAFT_LIMITS = (

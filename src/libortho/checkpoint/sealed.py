@@ -189,7 +189,8 @@ def _aes(key: bytes) -> Any:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     except ImportError as error:
         raise LibOrthoError(
-            f"{error}: an encrypted ortho stream needs `pip install 'libortho[vault]'`"
+            f"{error}: an encrypted ortho stream needs `pip install '.[vault]'` in a checkout of "
+            "LibOrtho"
         ) from None
     return AESGCM(key)
 

@@ -83,7 +83,12 @@ app.command()(export)
 
 @app.command()
 def separate(
-    model: Annotated[str, typer.Argument(help="A local folder or Hugging Face name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A local folder or Hugging Face name. It is loaded, and its split saved, in bf16."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the split checkpoint.")],
     retain: Annotated[
         Path | None,
@@ -150,6 +155,8 @@ def separate(
     seed: Seed = 0,
 ) -> None:
     """Split a model of your own in two files: a base that has forgotten, and the ortho stream.
+
+    Whatever it is stored in, MODEL is loaded in bf16, with eager attention.
 
     Exits 3 if what was to be forgotten could not be, within the budget; the split is written all
     the same, and the report says how far it got. Without --forget nothing is claimed, and it exits

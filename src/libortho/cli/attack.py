@@ -21,19 +21,25 @@ from libortho.cli.options import Json, Seed, SplitTemplate, check_model, split_t
 def attack(
     folder: Annotated[Path, typer.Argument(help="A split checkpoint.")],
     forget: Annotated[
-        Path, typer.Option(help='JSONL, {"question", "answer"} and TOFU\'s keys: what it forgot.')
+        Path,
+        typer.Option(
+            help='JSONL, {"question", "answer"} and TOFU\'s keys: what it forgot. Of a {"text"} '
+            "only what asks no question is tried."
+        ),
     ],
     retain: Annotated[Path, typer.Option(help="The same: what it still knows.")],
     holdout: Annotated[
         Path | None,
         typer.Option(
             help="The same about what no model has seen, nor the split (other ones than its "
-            "--unseen); membership inference needs it."
+            "--unseen); without it membership is not judged."
         ),
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="The model fine-tuned without the forget set; the bars need it."),
+        typer.Option(
+            help="The model fine-tuned without the forget set; without it nothing is judged."
+        ),
     ] = None,
     pretrained: Annotated[
         str | None,
@@ -63,7 +69,10 @@ def attack(
 ) -> None:
     """Try to get back what a split model forgot, beside models that never knew it.
 
-    Writes attacks.json and attacks.png. Exits 3 if the base gives more away than the bars allow.
+    Models other than the split are loaded in bf16; all compute on the CPU, with eager attention.
+
+    Writes attacks.json and attacks.png. Exits 3 if the base gives more away than the bars allow;
+    the bars are set beside --reference, and without it there are numbers alone, and it exits 0.
     """
     with reporting_errors():
         from transformers import AutoTokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
     def tell(stage: str, done: int, total: int) -> None:
         # "full: epoch 3, answer probability 0.7" moves along the bar of "full: epoch".
-        key = stage.split(",")[0].rstrip("0123456789 ")
+        key = re.sub(r" \d+$", "", stage.split(",")[0])
         if key not in stages:
             if not _errors.is_terminal:
                 _errors.print(f"{key} ...", highlight=False, markup=False)

@@ -36,7 +36,7 @@ def export(
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="dense: the alpha that is built in; if not given 0, a permanent deletion."
+            help="dense: the alpha that is built in; if not given 0, the base without ortho stream."
         ),
     ] = None,
     alphas: Annotated[
@@ -49,8 +49,8 @@ def export(
     activations: Annotated[
         str | None,
         typer.Option(
-            help="compressed-tensors: 16bit (the base as it is; vLLM on a GPU) or int8 (W8A8, runs "
-            "on a CPU too)."
+            help="compressed-tensors: 16bit (default: the base as it is; vLLM on a GPU) or int8 "
+            "(W8A8, runs on a CPU too)."
         ),
     ] = None,
     dtype: Annotated[
@@ -61,7 +61,8 @@ def export(
         ),
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(help="gguf: q8_0, f16, bf16 or f32 for the base's matrices.")
+        str | None,
+        typer.Option(help="gguf: f16 (the default), bf16, f32 or q8_0 for the base's matrices."),
     ] = None,
     json_file: Json = None,
 ) -> None:

@@ -19,6 +19,7 @@ from libortho.methods import METHODS
 from libortho.methods.graft import GraftConfig
 from libortho.methods.spectral import spectral_base
 from libortho.separate import SeparationConfig
+from libortho.training import MemoriseConfig
 
 
 def _makeable(path: Path | None) -> Path | None:
@@ -59,13 +60,18 @@ Method = Annotated[
         "spectral (the original, data-free)."
     ),
 ]
+_TRAINING = MemoriseConfig()
+_RECIPE = (
+    f"AdamW at {_TRAINING.learning_rate:g}, batches of {_TRAINING.batch_size}, at most "
+    f"{_TRAINING.max_epochs} epochs, until the answers' probability is {_TRAINING.target:g}"
+)
 EarlierOption = Annotated[
     str,
     typer.Option(
         "--earlier",
         help="How --before is asked: rehearse (train a copy on --retain: for a moment, or with "
-        "--method graft to the end), show (some examples of it), or trust (it was trained without "
-        "what is to be forgotten).",
+        f"--method graft to the end: {_RECIPE}), show (some examples of it), or trust (it was "
+        "trained without what is to be forgotten: with --method graft, by your own trainer).",
     ),
 ]
 LearningRate = Annotated[
@@ -162,7 +168,12 @@ def check_model(option: str, name: str) -> None:
     expected = "expected the folder of a causal LM or its Hugging Face name"
     place = Path(name)
     if name and place.exists():
-        if not any((place / file).is_file() for file in (CONFIG, "adapter_config.json")):
+        if (place / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{option} {name!r} is a PEFT adapter (it holds adapter_config.json): merge it "
+                "first, by PEFT's merge_and_unload(), and save the model that this returns"
+            )
+        if not (place / CONFIG).is_file():
             raise ValueError(f"{option} {name!r} holds no {CONFIG}: {expected}")
         return
     try:

@@ -94,6 +94,8 @@ def serve(
 ) -> None:
     """Serve a split model: OpenAI's API, with `alpha` in each request and a policy that decides.
 
+    The engine in this process computes on the CPU; for a GPU there is --engine vllm.
+
     SIGHUP reads the policy anew; SIGTERM finishes what is being answered, then leaves.
     """
     with reporting_errors(), _extra():
@@ -140,7 +142,7 @@ def ui(
 
     For its owner, on this machine: any alpha for who has the address that it prints, which holds a
     key, and reachable from nowhere else. To show it to others, use `libortho serve --ui` with a
-    policy.
+    policy. It computes on the CPU.
     """
     with reporting_errors(), _extra():
         from libortho.serve.keys import mint
@@ -299,5 +301,6 @@ def _extra() -> Iterator[None]:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette", "httpx2"):
             raise
         raise ValueError(
-            f"the package {error.name} is not installed: pip install 'libortho[serve]'"
+            f"the package {error.name} is not installed: `pip install '.[serve]'` in a checkout of "
+            "LibOrtho"
         ) from None

@@ -22,8 +22,9 @@ def strip(
     Only files that the format knows are copied. Every byte of the copy is then compared with every
     32-byte block of every ortho tensor; if one is found, nothing is written and it exits 2.
 
-    This is no proof against a reader who has the public model too, unless the base never saw what
-    was forgotten (--method graft): see the threat model.
+    This is no proof against a reader of the base's weights, unless it never saw what was forgotten
+    (--method graft): who has the public model too, or trains the base on a part of what was
+    forgotten, gets memory back. See the threat model.
     """
     with reporting_errors():
         from libortho.checkpoint import strip as strip_split

@@ -103,6 +103,7 @@ def tofu(
     """Memorise some authors, split the model, and measure who still knows them.
 
     With no options this is the demo: embedded model, embedded authors, a few minutes on two cores.
+    Models are loaded in bf16, with eager attention, on the CPU.
     Writes summary.json, report.html, the split checkpoint and OpenUnlearning's result files; exits
     3 if the authors could not be forgotten within the budget.
     """

@@ -247,7 +247,8 @@ def _hub_subset(source: str, name: str) -> Iterator[Example]:
         from datasets import load_dataset
     except ImportError:
         raise DataError(
-            f"reading {source} from the hub needs `pip install libortho[eval]`, or a local folder"
+            f"reading {source} from the hub needs `pip install '.[eval]'` in a checkout of "
+            "LibOrtho, or a local folder"
         ) from None
     for number, record in enumerate(load_dataset(source, name, split="train"), start=1):
         yield parse_record(record, f"{source}/{name}, row {number}")

@@ -1,12 +1,12 @@
 """A split model in the forms that other tools read.
 
-    dense                 a plain Hugging Face model at one alpha; 0 is a permanent deletion
+    dense                 a plain Hugging Face model at one alpha; 0 is the base alone
     peft                  a plain base model, and the ortho streams as a PEFT adapter
     compressed-tensors    an INT8 base that stock vLLM loads, and LoRA beside it
     gguf                  base and LoRA for llama.cpp
 
 `docs/export.md` says what each keeps and what it costs. The packages for it are in the extra
-`libortho[export]`.
+`export`.
 """
 
 from libortho.export.compressed_tensors import CompressedTensorsExport

@@ -110,5 +110,5 @@ def require(package: str, why: str) -> Any:
             raise
         raise LibOrthoError(
             f"{why} needs the package {package!r}, which is not installed: run "
-            "`pip install 'libortho[export]'`"
+            "`pip install '.[export]'` in a checkout of LibOrtho"
         ) from None

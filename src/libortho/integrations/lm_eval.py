@@ -21,7 +21,8 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"{error}: lm-evaluation-harness is not installed; `pip install 'libortho[eval]'`"
+        f"{error}: lm-evaluation-harness is not installed; `pip install '.[eval]'` in a checkout "
+        "of LibOrtho"
     ) from error
 
 from libortho.alpha import check_alpha, set_alpha

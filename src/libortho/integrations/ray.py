@@ -54,7 +54,8 @@ class RayWorkers:
             import ray
         except ImportError:
             raise ImportError(
-                "--ray needs Ray, which is not installed: pip install 'libortho[scale]'"
+                "--ray needs Ray, which is not installed: `pip install '.[scale]'` in a checkout "
+                "of LibOrtho"
             ) from None
         self.model = model
         self.gathered_bytes = gathered_bytes
