@@ -114,6 +114,14 @@ def test_a_damaged_ortho_does_not_keep_the_base_from_loading(locked: Path) -> No
     assert load_split_base(locked).shape == (1, 3, 61)
 
 
+@pytest.mark.parametrize("name", ["ortho_config.json", "ortho.safetensors.enc"])
+def test_half_an_ortho_does_not_keep_the_base_from_loading(name: str, locked: Path) -> None:
+    (locked / name).unlink()
+    assert load_split_base(locked).shape == (1, 3, 61)
+    with pytest.raises(CheckpointError, match="half an ortho"):
+        load_split(locked, key=KEY)
+
+
 def test_strip(files_in, saved: Path, locked: Path, tmp_path: Path) -> None:
     found = strip(locked, tmp_path / "out", key=KEY)
     assert found.blocks == strip(saved, tmp_path / "plain").blocks > 0
