@@ -154,7 +154,9 @@ def check_files(folder: Path, manifest: Manifest) -> Verified:
     assert ortho is not None  # as there is a file
     content = None
     if ortho.encryption is not None:
-        content = unseal(path, access.find_key(), manifest.base_sha256)
+        with blame(path):
+            key = access.find_key()
+        content = unseal(path, key, manifest.base_sha256)
     entries = _check_ortho(path, content, manifest, ortho)
     return Verified(folder, manifest, ortho, base, entries)
 
