@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -125,6 +126,25 @@ def test_finished_layers_are_not_done_again(tiny_llama, tmp_path, monkeypatch) -
     assert told[0] == ("split layers", 2, 4)
     assert_same(out, tmp_path / "memory")
     assert leftovers(out) == []
+
+
+def test_out_may_be_a_link_to_another_disk(tiny_llama, tmp_path, monkeypatch) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    disk = tmp_path / "disk"
+    (disk / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(disk / "real")
+    plain = os.rename
+
+    def rename(old, new) -> None:
+        if (disk in Path(old).parents) != (disk in Path(new).parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", old, None, new)
+        plain(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr("libortho.checkpoint.atomic._exchange", lambda *_: False)
+    separate_streamed(str(tmp_path / "model"), tmp_path / "link", config())
+    verify_split(disk / "real")
+    assert leftovers(tmp_path / "link") == leftovers(disk / "real") == []
 
 
 def slowly(model: str, out: Path, log: Path) -> None:

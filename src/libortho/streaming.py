@@ -8,6 +8,7 @@ Only for methods that split a layer from its weight alone. A finished layer is o
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import ChainMap
 from pathlib import Path
@@ -96,7 +97,7 @@ def separate_streamed(
         "target_modules": list(config.target_modules),
         "method": to_dict(config.method),
     }
-    out = Path(out)
+    out = Path(os.path.realpath(out))  # what waits is to be on its disk, not on that of a link
     folder = out.parent / f".{out.name}.unfinished"
     key = sealing_key()
     parts = Parts(folder, {**settings, "files": source.files()}, key)

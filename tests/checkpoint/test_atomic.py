@@ -212,6 +212,20 @@ def test_a_foreign_folder_or_file_is_never_touched(
     assert files_in(tmp_path) == {"foreign/thesis.txt": b"ten years"}
 
 
+def test_the_place_of_a_mounted_disk_is_refused_before_any_work(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No folder can be renamed into its place, which would be found when all is done.
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == mounted)
+    for use in (check_writable, lambda folder: strip(saved, folder)):
+        with pytest.raises(FileExistsError, match=r"mounted is where a disk is mounted.* in it"):
+            use(mounted)
+    assert list(tmp_path.iterdir()) == [mounted]
+    check_writable(mounted / "split")
+
+
 FULL_DISK = """
 import resource, sys
 from libortho.checkpoint import load_split, save_split

@@ -15,7 +15,7 @@ from libortho import BaseConfig, CheckpointError, OrthoStreamMissing, alpha_scop
 from libortho.alpha import ortho_layers
 from libortho.base import HalfBase
 from libortho.checkpoint import load_split, save_split, strip
-from libortho.checkpoint.search import BLOCK, Found, Searched, search
+from libortho.checkpoint.search import BLOCK, Found, Searched, _Blocks, search
 from libortho.checkpoint.tensorfile import read_entries
 from libortho.layer import OrthoLinear
 from libortho.linear import install
@@ -132,6 +132,17 @@ def monkeypatch_chunk() -> object:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("libortho.checkpoint.search.CHUNK", 50)
         yield
+
+
+def test_many_blocks_do_not_fill_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where most of its places are taken, most of every file would have to be compared in full.
+    monkeypatch.setattr("libortho.checkpoint.search._TABLE_BITS", 10)
+    numbers = torch.Generator().manual_seed(0)
+    raw = torch.randint(0, 256, (5000 * BLOCK,), generator=numbers).to(torch.uint8).numpy()
+    sought = _Blocks({raw[i : i + BLOCK].tobytes(): "t" for i in range(0, len(raw), BLOCK)})
+    assert sought._table.mean() < 0.1
+    assert sought.find(b"abc" + raw[-BLOCK:].tobytes()) == 3
+    assert sought.find(raw[1:BLOCK].tobytes()) is None
 
 
 def test_what_tells_nothing_is_named_and_not_sought(tmp_path: Path) -> None:

@@ -111,17 +111,19 @@ def test_reload_changes_the_policy_and_a_bad_file_does_not(
         path.write_text("version = 1\n" + key)
         server.gate.reload()
         assert complete(client, prompt, 1).alpha == 1
-        path.write_text("version = 7\n")
-        server.gate.reload()
-        assert complete(client, prompt, 1).alpha == 1
-        assert httpx2.get(f"{server.url}/healthz").json()["policy"] == "stale"
+        for bad in ("version = 7\n", "version = " + "9" * 5000):
+            server.gate.policy_stale = False
+            path.write_text(bad)
+            server.gate.reload()
+            assert complete(client, prompt, 1).alpha == 1
+            assert httpx2.get(f"{server.url}/healthz").json()["policy"] == "stale"
         path.write_text("version = 1\n")
         server.gate.reload()
         assert httpx2.get(f"{server.url}/healthz").json()["policy"] == "ok"
         with pytest.raises(openai.PermissionDeniedError):
             complete(client, prompt, 1)
         text = httpx2.get(f"{server.url}/metrics").text
-        assert 'libortho_policy_reloads_total{outcome="failed"} 1.0' in text
+        assert 'libortho_policy_reloads_total{outcome="failed"} 2.0' in text
 
 
 def test_a_reload_whose_audit_log_cannot_be_opened_changes_no_policy(

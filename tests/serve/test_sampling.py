@@ -58,5 +58,8 @@ def test_extremes() -> None:
     (chosen,) = choose(logits, [rule(1e-6, logprobs=3)])
     assert (chosen.token, chosen.logprob) == (0, 0.0)
     assert [value for _, value in chosen.top] == [0.0, -9999.0, -9999.0], "JSON has no infinity"
+    # Less than fp32 can tell from 0, which would divide 0 by 0 and fail for every row.
+    tiny, other = choose(torch.tensor([[0.0, 1.0, 2.0]] * 2), [rule(1e-320), rule(0.0)])
+    assert (tiny.token, other.token) == (2, 2)
     with pytest.raises(ValueError, match="NaN"):
         choose(torch.tensor([[float("nan"), 0.0]]), [rule()])

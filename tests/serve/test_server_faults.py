@@ -23,7 +23,7 @@ from libortho.serve.loading import load_for_serving
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@pytest.mark.parametrize("damage", ["missing", "unusable"])
+@pytest.mark.parametrize("damage", ["missing", "unusable", "half", "twice"])
 def test_without_its_ortho_only_alpha_0_is_served(
     serve, canary, known, tmp_path, damage, complete
 ) -> None:
@@ -35,10 +35,15 @@ def test_without_its_ortho_only_alpha_0_is_served(
     if damage == "missing":
         ortho.unlink()
         (folder / "ortho_config.json").unlink()
+    elif damage == "half":
+        (folder / "ortho_config.json").unlink()
+    elif damage == "twice":
+        shutil.copy(ortho, folder / "ortho.safetensors.enc")
     else:
         data = bytearray(ortho.read_bytes())
         data[-1] ^= 1
         ortho.write_bytes(data)
+    state = "missing" if damage == "missing" else "unusable"
     limits = Limits(rows=4)
     engine = TransformersEngine(load_for_serving(folder), limits)
     prompt = next(p for p, a in known if a == 0)
@@ -48,9 +53,9 @@ def test_without_its_ortho_only_alpha_0_is_served(
         with pytest.raises(openai.InternalServerError) as error:
             complete(client, prompt, 1)
         assert (error.value.status_code, error.value.code) == (503, "alpha_unavailable")
-        assert f"the ortho stream is {damage}" in error.value.message
+        assert f"the ortho stream is {state}" in error.value.message
         health = httpx2.get(f"{server.url}/healthz").json()
-        assert (health["status"], health["ortho"], health["max_alpha"]) == ("degraded", damage, 0)
+        assert (health["status"], health["ortho"], health["max_alpha"]) == ("degraded", state, 0)
         assert httpx2.get(f"{server.url}/readyz").status_code == 200
 
 

@@ -32,7 +32,8 @@ def replacing(folder: Path, partial: Path | None = None) -> Iterator[Path]:
     checkpoint beside its place, named `.<name>.old-<random>`, and none in it.
 
     Raises:
-        FileExistsError: `folder` exists, is not empty, and is no split checkpoint.
+        FileExistsError: `folder` is a mount point, or exists, is not empty, and is no split
+            checkpoint.
         OSError: it cannot be written.
     """
     target = Path(os.path.realpath(folder))
@@ -74,7 +75,7 @@ def check_writable(folder: PathLike) -> None:
     """Raise now what `save_split` and `strip` would raise of `folder` after their work.
 
     Raises:
-        FileExistsError: it exists, is not empty, and is no split checkpoint.
+        FileExistsError: it is a mount point, or exists, is not empty, and is no split checkpoint.
         NotADirectoryError, PermissionError: it could not be made where it is to be.
     """
     target = Path(os.path.realpath(folder))
@@ -87,6 +88,11 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise FileExistsError(f"{target} is a file: expected a new folder or a split checkpoint")
+    if target.is_mount():
+        raise FileExistsError(
+            f"{target} is where a disk is mounted, and no folder can be renamed into its place: "
+            "nothing was written; choose a folder in it"
+        )
     if any(target.iterdir()) and not is_split(target):
         raise FileExistsError(
             f"{target} is not empty and not a split checkpoint: nothing was written; choose "

@@ -35,7 +35,8 @@ def encrypt_split(folder: PathLike, key: OrthoKey) -> None:
     a key in the first place (`save_split(..., key=key)`).
 
     Raises:
-        CheckpointError: the checkpoint is damaged, has no ortho stream, or one that is encrypted.
+        CheckpointError: the checkpoint is damaged, has no ortho stream, one that is encrypted, or a
+            link to one, whose file would stay as it is.
         OSError: it cannot be written.
     """
     folder = Path(folder)
@@ -46,6 +47,13 @@ def encrypt_split(folder: PathLike, key: OrthoKey) -> None:
         raise CheckpointError(
             f"{folder}: the ortho stream is encrypted already, with the key "
             f"{ortho.encryption.key_id}; `libortho rotate-key` changes that"
+        )
+    plain = folder / ORTHO
+    if plain.is_symlink():  # so it is in huggingface_hub's cache
+        raise CheckpointError(
+            f"{plain}: a link to {os.path.realpath(plain)}, which would stay in plain: expected "
+            "the file itself; copy the folder with what it links to (cp -rL), encrypt the copy "
+            "and delete the original"
         )
     verify_split(folder)
     with _replacing_ortho(folder) as partial:

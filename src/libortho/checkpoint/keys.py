@@ -80,7 +80,7 @@ class OrthoKey:
         """
         try:
             done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, check=False)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{COMMAND_VARIABLE}: cannot be run ({error})") from None
         if done.returncode:
             raise ValueError(f"{COMMAND_VARIABLE}: exited with status {done.returncode}")
@@ -110,7 +110,7 @@ class OrthoKey:
                 path = given[FILE_VARIABLE]
                 raise FileNotFoundError(f"{FILE_VARIABLE}: {path}: no such file") from None
         if KEY_VARIABLE in given:
-            return cls._parse(given[KEY_VARIABLE].encode(), KEY_VARIABLE)
+            return cls._parse(os.fsencode(given[KEY_VARIABLE]), KEY_VARIABLE)
         return cls.from_command(given[COMMAND_VARIABLE]) if given else None
 
     @classmethod

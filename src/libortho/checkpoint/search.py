@@ -111,8 +111,11 @@ class _Blocks:
     def __init__(self, blocks: Mapping[bytes, object]) -> None:
         self._blocks = blocks
         words = np.frombuffer(b"".join(block[:_WORD] for block in blocks), dtype="<u8")
-        self._table = np.zeros(2**_TABLE_BITS, dtype=bool)
-        self._table[_hash(words)] = True
+        # Of many blocks, a table of this size would be full and let everything pass.
+        bits = max(_TABLE_BITS, (16 * len(words)).bit_length())
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(2**bits, dtype=bool)
+        self._table[self._hash(words)] = True
 
     def find(self, window: bytes) -> int | None:
         """The first offset in `window` at which a block stands, or None."""
@@ -122,13 +125,12 @@ class _Blocks:
             if count < 1:
                 continue
             words = np.frombuffer(window, dtype="<u8", offset=shift, count=count)
-            for index in np.flatnonzero(self._table[_hash(words)]):
+            for index in np.flatnonzero(self._table[self._hash(words)]):
                 place = int(index) * _WORD + shift
                 if window[place : place + BLOCK] in self._blocks:
                     found.append(place)
                     break
         return min(found, default=None)
 
-
-def _hash(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    return (words * _MIX) >> np.uint64(64 - _TABLE_BITS)
+    def _hash(self, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        return (words * _MIX) >> self._shift

@@ -15,7 +15,14 @@ from libortho.checkpoint.manifest import (
     read_manifest,
     read_ortho_manifest,
 )
-from libortho.checkpoint.names import CONFIG, ORTHO_CONFIG, PathLike, base_files, ortho_file
+from libortho.checkpoint.names import (
+    CONFIG,
+    ORTHO_CONFIG,
+    PRIVATE,
+    PathLike,
+    base_files,
+    ortho_file,
+)
 from libortho.checkpoint.schema import blame
 from libortho.checkpoint.sealed import unseal
 from libortho.checkpoint.streams import (
@@ -135,14 +142,21 @@ def check_files(folder: Path, manifest: Manifest) -> Verified:
             raise CheckpointError(
                 f"{folder / CONFIG}: tied.{name}={source!r}: expected the name of a stored tensor"
             )
-    access, path = current_access(), ortho_file(folder)
-    if path is None or access.base_only:
-        return Verified(folder, manifest, None, base, {}, locked=path is not None)
+    access = current_access()
+    if access.base_only:
+        # Half an ortho stream, or two of them, is no reason not to have the base.
+        there = any((folder / name).exists() for name in PRIVATE)
+        return Verified(folder, manifest, None, base, {}, locked=there)
+    path = ortho_file(folder)
+    if path is None:
+        return Verified(folder, manifest, None, base, {})
     ortho = read_ortho_manifest(folder, manifest)
     assert ortho is not None  # as there is a file
     content = None
     if ortho.encryption is not None:
-        content = unseal(path, access.find_key(), manifest.base_sha256)
+        with blame(path):
+            key = access.find_key()
+        content = unseal(path, key, manifest.base_sha256)
     entries = _check_ortho(path, content, manifest, ortho)
     return Verified(folder, manifest, ortho, base, entries)
 

@@ -32,6 +32,9 @@ from libortho.serve.keys import check_id, match
 
 ANONYMOUS = "anonymous"
 
+Rate = Annotated[int, Field(ge=1, le=10**9)]
+"""Requests a minute; the most is beyond any server, and within what a float holds."""
+
 
 class PolicyError(LibOrthoError, ValueError):
     """A policy file that cannot be followed."""
@@ -67,7 +70,7 @@ class KeyRule(_Strict):
     id: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     max_alpha: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-    requests_per_minute: Annotated[int, Field(ge=1)] | None = 60
+    requests_per_minute: Rate | None = 60
     expires: datetime | None = None
 
     @field_validator("id")
@@ -90,7 +93,7 @@ class PolicyFile(_Strict):
 
     version: Literal[1]
     without_key: Literal["alpha-0", "refuse"] = "alpha-0"
-    without_key_requests_per_minute: Annotated[int, Field(ge=1)] = 60
+    without_key_requests_per_minute: Rate = 60
     audit_text: bool = False
     keys: list[KeyRule] = []
 
@@ -143,7 +146,7 @@ def parse_policy(text: str) -> Policy:
     """
     try:
         plain = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise PolicyError(f"not TOML ({error})") from None
     try:
         file = PolicyFile.model_validate(plain)

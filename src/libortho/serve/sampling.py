@@ -73,8 +73,10 @@ def choose(logits: Tensor, rules: Sequence[Rule]) -> list[Chosen]:
 
 
 def _draw(logits: Tensor, rule: Rule) -> int:
-    # The largest logit is taken off first: a tiny temperature must not overflow to inf - inf.
-    scaled = (logits - logits.max()) / rule.temperature
+    # The largest logit is taken off first: a tiny temperature must not overflow to inf - inf. One
+    # that fp32 does not tell from 0 would make 0 / 0, and end the whole batch.
+    smallest = torch.finfo(logits.dtype).tiny
+    scaled = (logits - logits.max()) / max(rule.temperature, smallest)
     probability = scaled.softmax(dim=-1)
     if rule.top_p < 1:
         ordered, index = probability.sort(descending=True)

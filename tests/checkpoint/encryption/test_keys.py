@@ -18,6 +18,7 @@ from libortho.checkpoint import (
     ortho_access,
     rotate_key,
     strip,
+    verify_split,
 )
 from libortho.checkpoint.sealed import sealing_key
 from libortho.errors import OrthoLocked
@@ -108,6 +109,8 @@ SECRET = "00112233" * 8
         (keys.COMMAND_VARIABLE, f"{sys.executable} -c 'exit(3)'", "exited with status 3"),
         (keys.COMMAND_VARIABLE, "no-such-program-anywhere", "cannot be run"),
         (keys.COMMAND_VARIABLE, f"{sys.executable} -c 'print(7)'", "prints is no key"),
+        (keys.COMMAND_VARIABLE, "print 'it", r"LIBORTHO_ORTHO_KEY_COMMAND: .* \(No closing quot"),
+        (keys.KEY_VARIABLE, os.fsdecode(b"\xff" * 64), "LIBORTHO_ORTHO_KEY is no key.* got 64 byt"),
     ],
 )
 def test_what_is_no_key(name: str, value: str, match: str, monkeypatch) -> None:
@@ -115,6 +118,14 @@ def test_what_is_no_key(name: str, value: str, match: str, monkeypatch) -> None:
     with pytest.raises(ValueError, match=match) as caught:
         OrthoKey.from_environment()
     assert SECRET[:8] not in str(caught.value)
+
+
+def test_a_key_that_is_none_is_not_blamed_on_the_model(locked: Path, monkeypatch) -> None:
+    monkeypatch.setenv(keys.KEY_VARIABLE, SECRET[:-1])
+    said = r"locked/ortho\.safetensors\.enc: LIBORTHO_ORTHO_KEY is no key"
+    for use in (load_split, verify_split):
+        with pytest.raises(CheckpointError, match=said):
+            use(locked)
 
 
 @pytest.mark.parametrize("name", keys.VARIABLES)

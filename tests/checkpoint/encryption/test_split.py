@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from libortho import CheckpointError, OrthoStreamMissing, set_alpha
 from libortho.alpha import ortho_layers
 from libortho.checkpoint import (
     OrthoKey,
+    encrypt_split,
     keys,
     load_split,
     ortho_access,
@@ -112,10 +114,31 @@ def test_a_damaged_ortho_does_not_keep_the_base_from_loading(locked: Path) -> No
     assert load_split_base(locked).shape == (1, 3, 61)
 
 
+@pytest.mark.parametrize("name", ["ortho_config.json", "ortho.safetensors.enc"])
+def test_half_an_ortho_does_not_keep_the_base_from_loading(name: str, locked: Path) -> None:
+    (locked / name).unlink()
+    assert load_split_base(locked).shape == (1, 3, 61)
+    with pytest.raises(CheckpointError, match="half an ortho"):
+        load_split(locked, key=KEY)
+
+
 def test_strip(files_in, saved: Path, locked: Path, tmp_path: Path) -> None:
     found = strip(locked, tmp_path / "out", key=KEY)
     assert found.blocks == strip(saved, tmp_path / "plain").blocks > 0
     assert files_in(tmp_path / "out") == files_in(tmp_path / "plain")
+
+
+def test_a_linked_ortho_is_not_called_encrypted(files_in, saved: Path, tmp_path: Path) -> None:
+    # As huggingface_hub's cache has it: the link would be replaced, and the plain file stay.
+    folder, blob = tmp_path / "snapshot", tmp_path / "blob"
+    shutil.copytree(saved, folder)
+    (folder / "ortho.safetensors").rename(blob)
+    (folder / "ortho.safetensors").symlink_to("../blob")
+    before = files_in(folder)
+    with pytest.raises(CheckpointError, match=r"ortho\.safetensors: a link to .*blob, which would"):
+        encrypt_split(folder, KEY)
+    assert files_in(folder) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["blob", "snapshot"]
 
 
 def test_strip_finds_ortho_bytes_of_an_encrypted_split(locked: Path, saved: Path, tmp_path) -> None:
