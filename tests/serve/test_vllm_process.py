@@ -30,6 +30,7 @@ from starlette.routing import Route
 from typer.testing import CliRunner
 
 from libortho.cli import app
+from libortho.serve.engine_vllm import VllmEngine
 from libortho.serve.limits import Limits
 from libortho.serve.vllm_guard import RequireKey
 from libortho.serve.vllm_process import find_adapters, program, serve_command, vllm_server
@@ -49,7 +50,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         wanted = "Bearer " + os.environ["VLLM_API_KEY"]
         known = self.headers["authorization"] == wanted
         self.send_response(200 if known else 401); self.end_headers()
-        self.wfile.write(json.dumps(sys.argv).encode())
+        models = {{"data": [{{"id": "base"}}]}}
+        found = models if self.path == "/v1/models" else sys.argv
+        self.wfile.write(json.dumps(found).encode())
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
@@ -237,6 +240,24 @@ def test_the_process_is_started_and_stopped(export, command_line, caplog) -> Non
         vllm_server(export, {}, "own-key", ["--fail"], seconds=60),
     ):
         pass
+
+
+def test_no_proxy_stands_between_the_front_and_its_vllm(
+    canary, export, command_line, monkeypatch
+) -> None:
+    # What companies set for whatever goes out: it would get every prompt, and the key.
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    async def front(url: str) -> None:
+        engine = VllmEngine(canary, url, "base", {}, Limits(), "own-key")
+        await engine.start()
+        await engine.stop()
+
+    with vllm_server(export, {}, "own-key", seconds=60) as url:
+        asyncio.run(front(url))
 
 
 @pytest.mark.parametrize("when", ["starting", "up"])

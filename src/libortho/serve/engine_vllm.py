@@ -93,7 +93,7 @@ class VllmEngine:
             base: the name under which it serves the base.
             adapters: alpha -> name of the adapter.
             key: the server's own, if it wants one.
-            transport: how it is reached; the network by default.
+            transport: how it is reached; by default the network, and no proxy.
         """
         self.digest = read_manifest(folder).base_sha256
         self.template: Template = "chat"
@@ -114,12 +114,13 @@ class VllmEngine:
         Raises:
             EngineUnavailable: it does not answer, or does not serve the base.
         """
+        connections = httpx2.Limits(max_connections=self._limits.queue + self._limits.rows)
         self._client = httpx2.AsyncClient(
             base_url=self._upstream,
             headers={"authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(self._limits.request_seconds, connect=PATIENCE_SECONDS),
-            limits=httpx2.Limits(max_connections=self._limits.queue + self._limits.rows),
-            transport=self._transport,
+            # One that is given goes by no proxy of the environment, which would read every prompt.
+            transport=self._transport or httpx2.AsyncHTTPTransport(limits=connections),
         )
         await self._look()
         if not self._ready:
