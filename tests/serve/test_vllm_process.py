@@ -43,6 +43,7 @@ for word, value in zip(sys.argv, sys.argv[1:]):
     if word in ("--starting", "--up"):
         pathlib.Path(value + ".part").write_text(str(os.getpid()))
         os.rename(value + ".part", value)
+    if word == "--environment": pathlib.Path(value).write_text(" ".join(os.environ))
 if "--starting" in sys.argv: time.sleep(60)
 port = int(sys.argv[sys.argv.index("--port") + 1])
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -258,6 +259,17 @@ def test_no_proxy_stands_between_the_front_and_its_vllm(
 
     with vllm_server(export, {}, "own-key", seconds=60) as url:
         asyncio.run(front(url))
+
+
+def test_vllm_does_not_get_the_key_of_the_ortho_stream(
+    export, command_line, tmp_path, monkeypatch
+) -> None:
+    mark = tmp_path / "environment"
+    monkeypatch.setenv("LIBORTHO_ORTHO_KEY", "ab" * 32)
+    with vllm_server(export, {}, "own-key", ["--environment", str(mark)], seconds=60):
+        names = mark.read_text().split()
+    assert "VLLM_API_KEY" in names
+    assert "LIBORTHO_ORTHO_KEY" not in names
 
 
 @pytest.mark.parametrize("when", ["starting", "up"])

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from libortho.checkpoint.keys import VARIABLES
 from libortho.serve import vllm_guard
 from libortho.serve.engine import EngineUnavailable
 from libortho.serve.engine_vllm import API_KEY_VARIABLE
@@ -189,7 +190,9 @@ def _guarded_environment(key: str) -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="libortho-vllm-") as folder:
         shutil.copyfile(vllm_guard.__file__, Path(folder) / f"{GUARD}.py")
         path = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
-        yield os.environ | {API_KEY_VARIABLE: key, "PYTHONPATH": os.pathsep.join(path)}
+        # Not the ortho stream's key: vLLM has what it needs in plain.
+        kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+        yield kept | {API_KEY_VARIABLE: key, "PYTHONPATH": os.pathsep.join(path)}
 
 
 @contextmanager
