@@ -75,6 +75,9 @@ def test_several_prompts_and_stop_strings(running, known, complete) -> None:
     assert [c.text for c in answer.choices] == [known[p, 0.0] for p in prompts for _ in (0, 1)]
     logprobs = answer.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset)
+    chunks = complete(client, prompts[0], logprobs=1, stream=True, stop=["nothing of the kind"])
+    pieces = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [at for piece in pieces for at in piece.text_offset] == logprobs.text_offset
     ids = [1, 5, 6]
     assert complete(client, ids).choices[0].text == complete(client, [ids]).choices[0].text
     assert complete(client, ids, n=1.0, seed=3.0).choices, "JSON has one kind of number"

@@ -103,7 +103,7 @@ class Envelope:
         """A chunk of a stream: a piece of one answer.
 
         Args:
-            offset: characters of that answer before this piece.
+            offset: characters of that answer's tokens before this piece.
             first: whether it is that answer's first piece.
         """
         chat = self.kind == "chat"

@@ -271,7 +271,8 @@ async def _chunks(
     pieces = merged(answers, grant.deadline)
     try:
         async for index, piece in pieces:
-            offset = len(gathered[index].text)
+            # As in a whole answer: text may be held back while its tokens are told.
+            offset = sum(len(token.text) for token in gathered[index].tokens)
             gathered[index].add(piece)
             _note(gate, grant, gathered, envelope)
             yield event(envelope.chunk(index, piece, offset, not begun[index]))
