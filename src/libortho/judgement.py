@@ -17,7 +17,8 @@ MOST_BELOW = 0.02
 
 _MENDS = {
     True: "more epochs or a larger ortho_ratio",  # what a base is grafted with
-    False: "a base in INT8, or in smaller groups",  # all that a split loses is rounding
+    # what other splits lose is rounding, and spectral what its rank and its budget leave out
+    False: "a base that is stored finer (with spectral, a larger rank_ratio or ortho_ratio)",
 }
 
 

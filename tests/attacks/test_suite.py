@@ -14,8 +14,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from libortho.attacks import Score
+from libortho.attacks.extraction import ASKING, ExtractionConfig
 from libortho.attacks.registry import ATTACKS, attack_configs
-from libortho.attacks.relearning import STEPS
+from libortho.attacks.relearning import STEPS, RelearningConfig
 from libortho.attacks.show import draw_attacks, print_attacks
 from libortho.attacks.suite import Source, attack_bars, run_attacks
 from libortho.cli import app
@@ -246,11 +247,9 @@ def files(tmp_path: Path, data) -> dict[str, Path]:
     return made
 
 
-def test_the_command(world, files, tmp_path: Path, monkeypatch) -> None:
-    """Every attack, on every model; the costly ones in a size of their own."""
-    from libortho.attacks.extraction import ExtractionConfig
-    from libortho.attacks.relearning import RelearningConfig
-
+@pytest.fixture
+def costly_ones_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--size small` makes of the attacks that generate or train."""
     monkeypatch.setattr(
         ExtractionConfig, "small",
         lambda seed: ExtractionConfig(max_new_tokens=4, samples=2, best_of=(2,), seed=seed),
@@ -258,6 +257,11 @@ def test_the_command(world, files, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(
         RelearningConfig, "small", lambda seed: RelearningConfig(steps=2, retain_questions=2)
     )
+
+
+@pytest.mark.usefixtures("costly_ones_are_smaller")
+def test_the_command(world, files, tmp_path: Path) -> None:
+    """Every attack, on every model; the costly ones in a size of their own."""
     made = run(
         world.split, "--forget", files["forget"], "--retain", files["retain"],
         "--holdout", files["holdout"], "--reference", world.reference,
@@ -294,21 +298,10 @@ def test_a_base_alone_without_a_reference(world, files, tmp_path: Path) -> None:
     assert "no bars: nothing is judged without --reference" in text
 
 
+@pytest.mark.usefixtures("costly_ones_are_smaller")
 @pytest.mark.parametrize("texts", ["some", "all"])
-def test_texts_without_a_question(
-    world, files, data, tmp_path: Path, monkeypatch, texts: str
-) -> None:
+def test_texts_without_a_question(world, files, data, tmp_path: Path, texts: str) -> None:
     """What asks is not tried of them, and said so; the rest is."""
-    from libortho.attacks.extraction import ASKING, ExtractionConfig
-    from libortho.attacks.relearning import RelearningConfig
-
-    monkeypatch.setattr(
-        ExtractionConfig, "small",
-        lambda seed: ExtractionConfig(max_new_tokens=4, samples=2, best_of=(2,), seed=seed),
-    )  # fmt: skip
-    monkeypatch.setattr(
-        RelearningConfig, "small", lambda seed: RelearningConfig(steps=2, retain_questions=2)
-    )
     for name, file in files.items():
         examples = getattr(data, name)
         kept = [] if texts == "all" else file.read_text().splitlines()[1:]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from libortho.baselines.registry import baseline
 from libortho.baselines.tune import TuneConfig
 from libortho.checkpoint import load_split
 from libortho.data import Example, Task
-from libortho.evaluation import finetuned, seed
+from libortho.evaluation import finetuned, measuring, seed
 from libortho.evaluation.folder import JobFolder
 from libortho.evaluation.job import TofuJob, identity
-from libortho.evaluation.suite import SuiteConfig
+from libortho.evaluation.suite import Evaluation, SuiteConfig
 from libortho.evaluation.tofu import run_tofu
 from libortho.evaluation.write import render_report, write_summary
 from libortho.methods.geometric import GeometricConfig
@@ -98,6 +99,29 @@ def test_the_job_measures_every_model(job: TofuJob, tmp_path: Path) -> None:
     # What a model says is data, not markup.
     summary["examples"][0]["full"] = "<img src=x onerror=alert(1)>"
     assert "<img src=x" not in render_report(summary, [])
+
+
+def test_the_distance_to_the_full_model_is_over_all_of_both_sets(
+    job: TofuJob, tmp_path: Path, monkeypatch
+) -> None:
+    told: list[list[Any]] = []
+    monkeypatch.setattr(measuring, "KL_SEQUENCES", 4)
+    monkeypatch.setattr(measuring, "evaluate_suite", lambda *_, **__: Evaluation({}, {}, {}))
+    monkeypatch.setattr(measuring, "load_model", lambda *_: None)
+    monkeypatch.setattr(
+        measuring, "mean_token_kl", lambda full, model, items: told.append(items) or 0.0
+    )
+    job = dataclasses.replace(job, suite=SuiteConfig())
+    store = JobFolder(tmp_path / "run", identity(job))
+    sets = [list(range(40)), list(range(100, 110))]
+    measured = measuring.Measurements(job, 0, store, None, *sets, lambda *_: None)
+    full = types.SimpleNamespace(load=lambda: None)
+    measured.measure("alpha 1", lambda: None, full=full)
+    (items,) = told
+    forget, retain = items[:4], items[4:]
+    assert forget[-1] >= 30
+    assert retain[-1] >= 107
+    assert len(retain) == 4
 
 
 def test_what_the_full_model_knows_best_is_shown_first(job: TofuJob, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from libortho.cli.attack import attack
 from libortho.cli.console import reporting_errors, say
 from libortho.cli.export import export
 from libortho.cli.options import (
+    LEARNING_RATE,
     Base,
     DeviceMap,
     EarlierOption,
@@ -106,7 +107,7 @@ def separate(
         typer.Option(help="The model before it memorised: the best guide to what to say instead."),
     ] = None,
     earlier: EarlierOption = "rehearse",
-    learning_rate: LearningRate = None,
+    learning_rate: LearningRate = LEARNING_RATE,
     unseen: Annotated[
         Path | None,
         typer.Option(
@@ -184,7 +185,7 @@ def separate(
                 "--before": before,
                 "--gather": gather,
                 "--device-map": device_map,
-                "--learning-rate": learning_rate,
+                "--learning-rate": None if learning_rate == LEARNING_RATE else learning_rate,
                 "--earlier": None if earlier == SeparationConfig.earlier else earlier,
                 "--template": None if template == SeparationConfig.template else template,
             }

@@ -74,11 +74,12 @@ EarlierOption = Annotated[
         "trained without what is to be forgotten: with --method graft, by your own trainer).",
     ),
 ]
+LEARNING_RATE = _TRAINING.learning_rate
 LearningRate = Annotated[
-    float | None,
+    float,
     typer.Option(
-        help="Step size (AdamW) of the fine-tunes that are done here; 2e-4, which suits a model of "
-        "a hundred million parameters. For billions, 1e-5 to 2e-5 is usual."
+        help="Step size (AdamW) of the fine-tunes that are done here. The default suits a model of "
+        "a hundred million parameters; for billions, 1e-5 to 2e-5 is usual."
     ),
 ]
 Base = Annotated[
@@ -124,10 +125,8 @@ def method_config(
     return METHODS[name](**values)
 
 
-def at_learning_rate(config: SeparationConfig, rate: float | None) -> SeparationConfig:
-    """The config with this step size for whatever it fine-tunes, where one is given."""
-    if rate is None:
-        return config
+def at_learning_rate(config: SeparationConfig, rate: float) -> SeparationConfig:
+    """The config with this step size for whatever it fine-tunes."""
     method = config.method
     if isinstance(method, GraftConfig):
         training = dataclasses.replace(method.training, learning_rate=rate)

@@ -9,6 +9,7 @@ import typer
 
 from libortho.cli.console import reporting_errors
 from libortho.cli.options import (
+    LEARNING_RATE,
     Base,
     Json,
     LearningRate,
@@ -50,7 +51,7 @@ def tofu(
             "are about it."
         ),
     ] = "geometric",
-    learning_rate: LearningRate = None,
+    learning_rate: LearningRate = LEARNING_RATE,
     target: Targets = ["down_proj"],  # noqa: B006 - typer wants the default as a list
     ortho_ratio: OrthoRatio = 0.01,
     base: Base = "int8",

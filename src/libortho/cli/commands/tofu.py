@@ -45,7 +45,7 @@ def run_job(
     alpha: str | None,
     wikitext: Path | None,
     baseline_epochs: int,
-    learning_rate: float | None,
+    learning_rate: float,
     reference: bool,
     template: Template,
     thorough: bool,
@@ -67,7 +67,7 @@ def run_job(
         model=model or str(embedded_model_path()),
         task=task,
         methods=_contenders(methods, targets, ortho_ratio, base, learning_rate),
-        recipe=_recipe(learning_rate),
+        recipe=MemoriseConfig(learning_rate=learning_rate),
         suite=SuiteConfig(quick=kind == "quick", limit=limit),
         alphas=tuple(parse_alphas(alpha or ALPHAS[kind])),
         template=template,
@@ -109,18 +109,12 @@ def make_task(
     return tofu_task(data, authors, forget_authors)
 
 
-def _recipe(learning_rate: float | None) -> MemoriseConfig:
-    if learning_rate is None:
-        return MemoriseConfig()
-    return MemoriseConfig(learning_rate=learning_rate)
-
-
 def _contenders(
     names: Sequence[str],
     targets: tuple[str, ...],
     ortho_ratio: float,
     base: str,
-    learning_rate: float | None,
+    learning_rate: float,
 ) -> dict[str, SeparationConfig | Baseline]:
     found: dict[str, SeparationConfig | Baseline] = {}
     for name in names:
