@@ -5,6 +5,7 @@ A process of its own: Triton reads TRITON_INTERPRET when it is imported.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -54,7 +55,23 @@ def main() -> None:
     torch.testing.assert_close(
         operands(triton.linear, batch).double(), cases.exact(operands, batch), atol=2e-5, rtol=2e-5
     )
+    _what_overflows_stays_out_of_the_rows_at_alpha_0()
     print(f"{seen + 1} cases agree")
+
+
+def _what_overflows_stays_out_of_the_rows_at_alpha_0() -> None:
+    for ortho in ("low_rank bf16", "sparse fp32"):
+        operands = cases.make("int8", ortho, "rows", 2, 64, 41, bias=False)
+        huge = tuple(
+            torch.full_like(part, 3e38) if part.is_floating_point() else part
+            for part in operands.ortho
+        )
+        split = dataclasses.replace(operands, ortho=huge, alpha=torch.tensor([0.0, 1.0]))
+        alone = dataclasses.replace(operands, ortho=(), alpha=None)
+        x = torch.full((2, 64), 8.0)
+        y = split(triton.linear, x)
+        torch.testing.assert_close(y[0], alone(triton.linear, x)[0])
+        assert not torch.isfinite(y[1]).all()
 
 
 if __name__ == "__main__":

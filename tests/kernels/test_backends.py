@@ -211,6 +211,25 @@ def _fields(operands) -> list:
     return [getattr(operands, name) for name in operands.__dataclass_fields__]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ortho", ["low_rank bf16", "sparse fp32"])
+@pytest.mark.parametrize("rows", [2, 20, 300])
+def test_what_overflows_stays_out_of_the_rows_at_alpha_0(
+    backend: str, rows: int, ortho: str, dtype: torch.dtype
+) -> None:
+    operands = cases.make("int8", ortho, "rows", rows, 64, 41, bias=True)
+    huge = tuple(
+        torch.full_like(part, 3e38) if part.is_floating_point() else part for part in operands.ortho
+    )
+    alpha = torch.arange(rows).remainder(2).float()
+    operands = dataclasses.replace(operands, ortho=huge, alpha=alpha)
+    x = torch.full((rows, 64), 8.0, dtype=dtype)
+    y = operands(cpu.linear, x)
+    alone = dataclasses.replace(operands, ortho=(), alpha=None)(cpu.linear, x)
+    torch.testing.assert_close(y[::2], alone[::2])
+    assert not torch.isfinite(y[1::2]).all()
+
+
 def test_not_a_number_and_infinity_pass_through(backend: str) -> None:
     operands = cases.make("int8", "none", "0", 1, 64, 8, bias=False)
     for rows in (1, 20):

@@ -97,7 +97,8 @@ def split_linear(
                 taken = tl.load(x_ptr + taken_at, mask=taken_ok, other=0.0).to(tl.float32)
                 ortho += taken * value[None, :]
         alpha = tl.load(alpha_ptr + m // share, mask=m_ok, other=0.0)
-        base += ortho * alpha[:, None]
+        # A row at alpha 0 is the base's, even where its ortho term overflowed.
+        base += tl.where(alpha[:, None] == 0, 0.0, ortho * alpha[:, None])
     if HAS_BIAS:
         base += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
     y_at = m[:, None].to(tl.int64) * out_features + n[None, :]

@@ -114,7 +114,7 @@ inline void low_rank_block(const float* right, int64_t rank, const FloatBlocks& 
       right_lanes<1>(from, x, in, block, some);
     }
     for (int64_t i = 0; i < count; ++i, ++r) {
-      const F scaled = some[i] * alpha;
+      const F scaled = switched(alpha, some[i]);
       std::memcpy(inner + r * kLanes, &scaled, sizeof scaled);
     }
   }
@@ -136,7 +136,7 @@ inline void sparse_lanes(const Ortho<V>& ortho, const FloatBlocks& x, const F* a
     const float value = number(ortho.values[j]);
     for (int b = 0; b < B; ++b) acc[b] += x.column(block + b, ortho.col[j]) * value;
   }
-  for (int b = 0; b < B; ++b) result[b] = acc[b] * alpha[block + b];
+  for (int b = 0; b < B; ++b) result[b] = switched(alpha[block + b], acc[b]);
 }
 
 constexpr int64_t kBlocksAtOnce = 4;

@@ -242,7 +242,7 @@ Buffer<float> low_rank_inner(const Ortho<V>& ortho, const FewRows& x, Alpha alph
       F acc = {};
       float rest = 0;
       dot<1>(ortho.right + r * x.in, x.plain.get() + row * x.in, x.in, x.in, &acc, &rest);
-      inner[row * stride + r] = alpha.at(row) * (sum(acc) + rest);
+      inner[row * stride + r] = switched(alpha.at(row), sum(acc) + rest);
     }
   }
   return inner;

@@ -85,7 +85,7 @@ class Terms {
       }
       float* to = sums_.get() + n * stride_ + block * kLanes;
       for (int b = 0; b < B; ++b) {
-        const F scaled = acc[b] * alpha[block + b];
+        const F scaled = switched(alpha[block + b], acc[b]);
         std::memcpy(to + b * kLanes, &scaled, sizeof scaled);
       }
     }

@@ -203,7 +203,7 @@ class RightTiles {
       const int64_t first = band * height_ / 2;
       for (int64_t r = first; r < std::min(rank_, first + height_ / 2); ++r) {
         const float* both = sums + 2 * (r - first) * kLanes;
-        const F total = (load<F>(both) + load<F>(both + kLanes)) * alpha;
+        const F total = switched(alpha, load<F>(both) + load<F>(both + kLanes));
         std::memcpy(to + r * kLanes, &total, sizeof total);
       }
     }

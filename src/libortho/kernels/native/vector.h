@@ -60,6 +60,13 @@ inline void put(Half* to, float value) {
   to->bits = std::bit_cast<uint16_t>(static_cast<_Float16>(value));
 }
 
+// alpha * term, and 0 where alpha is 0 even if the term is not finite: what overflows in the ortho
+// stream must not reach the rows of a batch that go without it.
+inline F switched(F alpha, F term) {
+  return std::bit_cast<F>(std::bit_cast<I>(alpha * term) & (alpha != F{}));
+}
+inline float switched(float alpha, float term) { return alpha == 0 ? 0 : alpha * term; }
+
 // Sixteen bytes as integers.
 inline U integers(const uint8_t* from) {
 #ifdef __AVX512F__
