@@ -178,6 +178,14 @@ def test_a_wrong_report(text: str, match: str, copy: Path) -> None:
         load_split(copy)
 
 
+def test_a_report_with_an_integer_beyond_floats(copy: Path) -> None:
+    report = json.loads((copy / "report.json").read_text())
+    report["layers"][0]["base_error"] = 10**400
+    (copy / "report.json").write_text(json.dumps(report))
+    with pytest.raises(CheckpointError, match=r"report\.json: layers\[0\]\.base_error: .*too large"):
+        load_split(copy)
+
+
 def test_a_report_of_other_layers(copy: Path) -> None:
     path = copy / "report.json"
     path.write_text(path.read_text().replace("layers.1.mlp", "layers.7.mlp"))

@@ -163,7 +163,8 @@ def _remove_old(old: Path) -> None:
 
 def _sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
-        sync(path)
+        if not path.is_symlink():  # a link is all in its folder, and may lead nowhere
+            sync(path)
     sync(folder)
 
 

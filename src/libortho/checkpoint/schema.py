@@ -58,7 +58,10 @@ def decode(hint: Any, value: Any, where: str = "") -> Any:
             pairs = zip(hints, value, strict=True)
             return tuple(decode(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(pairs))
     if hint is float and type(value) in (int, float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            raise ValueError(f"{where}: an integer too large for a float") from None
     if hint in (int, str) and type(value) is hint:
         return value
     wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

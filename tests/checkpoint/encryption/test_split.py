@@ -141,6 +141,14 @@ def test_a_linked_ortho_is_not_called_encrypted(files_in, saved: Path, tmp_path:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["blob", "snapshot"]
 
 
+def test_a_link_that_leads_nowhere_is_kept(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "locked")
+    (tmp_path / "locked/notes.md").symlink_to("../gone")
+    encrypt_split(tmp_path / "locked", KEY)
+    assert (tmp_path / "locked/notes.md").readlink() == Path("../gone")
+    load_split(tmp_path / "locked", key=KEY)
+
+
 def test_strip_finds_ortho_bytes_of_an_encrypted_split(locked: Path, saved: Path, tmp_path) -> None:
     values = next(t for n, t in load_file(saved / "ortho.safetensors").items() if "values" in n)
     with (locked / "README.md").open("ab") as file:
