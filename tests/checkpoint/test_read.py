@@ -182,7 +182,7 @@ def test_a_report_with_an_integer_beyond_floats(copy: Path) -> None:
     report = json.loads((copy / "report.json").read_text())
     report["layers"][0]["base_error"] = 10**400
     (copy / "report.json").write_text(json.dumps(report))
-    with pytest.raises(CheckpointError, match=r"report\.json: layers\[0\]\.base_error: .*too large"):
+    with pytest.raises(CheckpointError, match=r"report\.json: .*base_error: .*too large"):
         load_split(copy)
 
 

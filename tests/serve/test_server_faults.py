@@ -107,6 +107,13 @@ def test_a_full_queue_is_a_429_and_nothing_is_lost(serve, loaded, complete) -> N
         assert 'libortho_refused_total{code="queue_full"}' in answer
 
 
+def test_more_answers_than_the_queue_holds_are_refused_for_good(serve, complete) -> None:
+    with serve(limits=Limits(queue=2)) as server:
+        with pytest.raises(openai.BadRequestError, match="3 answers in one request: expected at m"):
+            complete(server.client(), "tell me", n=3, max_tokens=1)
+        assert len(complete(server.client(), "tell me", n=2, max_tokens=1).choices) == 2
+
+
 def test_a_prompt_is_encoded_once_and_not_on_the_event_loop(
     serve, loaded, monkeypatch, complete
 ) -> None:

@@ -48,6 +48,10 @@ class Upstream:
     async def models(self, _: Request) -> Response:
         if self.trouble == "down":
             return Response(status_code=500)
+        if self.trouble == "nested":
+            return Response("[" * 100_000, media_type="application/json")
+        if self.trouble == "odd":
+            return JSONResponse({"data": [["id"]]})
         cards = [{"id": name, "parent": parent} for name, parent in self.cards.items()]
         return JSONResponse({"object": "list", "data": cards})
 
@@ -190,9 +194,12 @@ def test_trouble_upstream(serve, engine, upstream, trouble, status, told) -> Non
         assert engine.status().running == 0
 
 
-def test_an_upstream_that_is_gone_is_not_ready(serve, engine, upstream, wait_until) -> None:
+@pytest.mark.parametrize("trouble", ["down", "nested", "odd"])
+def test_an_upstream_that_is_gone_is_not_ready(
+    serve, engine, upstream, wait_until, trouble
+) -> None:
     with serve(engine=engine) as server:
-        upstream.trouble = "down"
+        upstream.trouble = trouble
         wait_until(lambda: httpx2.get(f"{server.url}/readyz").status_code == 503, 120)
         with pytest.raises(openai.InternalServerError) as error:
             ask(server.client(), 0)

@@ -231,20 +231,21 @@ class VllmEngine:
         try:
             response = await self._client.get("/v1/models", timeout=PATIENCE_SECONDS)
             response.raise_for_status()
-            cards = {card["id"]: card for card in response.json()["data"]}
-        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+            parents = {card["id"]: card.get("parent") for card in response.json()["data"]}
+        # Whatever it was: if the looking ended here, what was seen last would stand for ever.
+        except Exception as error:
             if self._ready or self._looking is None:
                 log.error("%s: %s", self._upstream, str(error) or type(error).__name__)
             self._ready, self._levels = False, (0.0,)
             return
-        if self._base not in cards:
+        if self._base not in parents:
             log.error("%s does not serve %r", self._upstream, self._base)
             self._ready, self._levels = False, (0.0,)
             return
         levels = [0.0]
         for alpha, name in sorted(self._adapters.items()):
             # An adapter of that name on another base would be somebody else's.
-            if name in cards and cards[name].get("parent") == self._base:
+            if parents.get(name) == self._base:
                 levels.append(alpha)
             elif alpha in self._levels or self._looking is None:
                 log.error("adapter %r is not loaded on %r: no alpha %g", name, self._base, alpha)

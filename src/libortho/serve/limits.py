@@ -37,7 +37,8 @@ class Limits:
         prompt_tokens: of one prompt, also bounded by the model.
         max_tokens: the most that a request may ask for; more is a 400, never cut.
         default_tokens: what it gets where it does not ask.
-        choices: answers of one request (prompts times n); also of `/v1/score`.
+        choices: answers of one request (prompts times n); also of `/v1/score`. Never more than
+            `queue`: a request of more would find it too full for ever.
     """
 
     body_bytes: int = 1_000_000
@@ -57,6 +58,7 @@ class Limits:
             value = getattr(self, field.name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field.name}={value!r}: expected a whole number of at least 1")
+        object.__setattr__(self, "choices", min(self.choices, self.queue))
 
 
 class RateLimiter:
