@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,13 @@ def test_help_says_what_a_model_is_made_of() -> None:
 def test_the_version() -> None:
     shown = run("--version")
     assert (shown.exit_code, shown.output) == (0, f"libortho {libortho.__version__}\n")
+
+
+def test_as_a_module() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "libortho", "--version"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == f"libortho {libortho.__version__}\n"
 
 
 A_MODEL = "expected the folder of a causal LM or its Hugging Face name"
